@@ -1,0 +1,1 @@
+"""Loading image-text pairs: shards, sources, decoding backends and the demonstration data."""

@@ -1,0 +1,125 @@
+"""What every loading backend agrees on: the data's configuration, the loader protocol, the order of random numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from rocket_fast.batch import Batch
+from rocket_fast.errors import require
+
+IMAGE_STREAM, TEXT_STREAM = 0, 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which image-text pairs to train on, and how they are batched."""
+
+    train: tuple[str, ...]
+    """Webdataset tars: paths, globs (data/*.tar) and braces (data/{000..331}.tar)."""
+    batch_size: int = 256
+    """Samples per optimizer step in each process; the global batch is this times the number of processes."""
+    workers: int = 2
+    """Threads that decode and augment."""
+    captions: Literal["txt", "several"] = "txt"
+    """txt: the .txt member, in all views; several: the list "captions" in the .json member, one drawn per view."""
+    shuffle: bool = True
+    """A new order of all samples every epoch; False keeps the order of the shards."""
+    drop_last: bool = True
+    """Leave out the last, partial global batch of an epoch; False fills it up with samples marked not valid."""
+    prefetch: int = 2
+    """Batches made ahead of the trainer."""
+    pixel_limit: int = 100_000_000
+    """Larger pictures are skipped before they are decoded (decompression bombs)."""
+
+    def __post_init__(self) -> None:
+        patterns = not isinstance(self.train, str) and len(self.train) > 0
+        require(patterns, "data.train", self.train, "a tuple of patterns")
+        require(self.batch_size >= 1, "data.batch_size", self.batch_size, "a number >= 1")
+        require(self.workers >= 1, "data.workers", self.workers, "a number >= 1")
+        require(self.captions in ("txt", "several"), "data.captions", self.captions, "'txt' or 'several'")
+        require(self.prefetch >= 1, "data.prefetch", self.prefetch, "a number >= 1")
+        require(self.pixel_limit >= 1, "data.pixel_limit", self.pixel_limit, "a number >= 1")
+
+
+class Loader(Protocol):
+    """Batches of one process, in an order that depends on seed, epoch and data only.
+
+    ``samples``: usable samples over all processes. ``skipped``: samples left out so far, by reason; those found when
+    the shards were indexed count once, those found on reading count in every epoch.
+    """
+
+    samples: int
+    skipped: Counter[str]
+
+    def __len__(self) -> int:
+        """Batches per epoch, the same on every process."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The rest of the current epoch: from the first batch not yet delivered; nothing once it has ended."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of ``epoch``; does nothing if that is the current one, so a resumed epoch goes on."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place after the last delivered batch (batches made ahead do not count); equal on every process."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue, bit for bit, with the batch that would have come next; ValueError if data or batches differ."""
+
+    def close(self) -> None:
+        """Stop and join all threads; harmless to repeat."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalBatch:
+    """Pictures to evaluate on: ``images`` uint8 (B, 3, S, S), and per picture its caption, .json ({} if none), key."""
+
+    images: Tensor
+    captions: tuple[str, ...]
+    metadata: tuple[dict[str, Any], ...]
+    keys: tuple[str, ...]
+
+
+class BadSampleError(Exception):
+    """One sample cannot be used; ``reason`` is what ``Loader.skipped`` counts it under."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class _Reusable(threading.local):
+    """One generator per thread; setting a Philox state takes a fifth of the time of making a new generator."""
+
+    def __init__(self) -> None:
+        self.philox = np.random.Philox(0)
+        self.generator = np.random.Generator(self.philox)
+        self.start = self.philox.state
+        self.key, self.counter = self.start["state"]["key"], self.start["state"]["counter"]
+
+
+_reusable = _Reusable()
+
+
+def sample_generator(seed: int, epoch: int, key: str, view: int, stream: int = IMAGE_STREAM) -> np.random.Generator:
+    """The random numbers of one view of one sample in one epoch, whoever makes it and whatever was made before.
+
+    Philox with key (seed, epoch) and counter (0, view and stream, 128-bit BLAKE2b hash of ``key``). The generator is
+    shared within a thread: it is good until the thread's next call.
+    """
+    reusable = _reusable
+    reusable.key[:] = seed, epoch
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=16).digest()
+    counter = reusable.counter
+    counter[0], counter[1] = 0, 2 * view + stream
+    counter[2:] = np.frombuffer(digest, dtype="<u8")
+    reusable.philox.state = reusable.start
+    return reusable.generator

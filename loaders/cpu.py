@@ -1,0 +1,371 @@
+"""The CPU loader: threads that read, decode once, render every view with numba and tokenize; exact to resume.
+
+Python holds the interpreter's lock, but reading, decoding and rendering release it, so threads are enough and share the
+trainer's memory: there is nothing to fork, to pickle or to copy.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import warnings
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rocket_fast.loaders.base import TEXT_STREAM, BadSampleError, DataConfig, EvalBatch, sample_generator
+from rocket_fast.loaders.shards import Cursor, ShardSet, epoch_order
+from rocket_fast.loaders.sources import RawSample
+from torch import Tensor
+
+from rocket_fast.batch import Batch, PackedText
+from rocket_fast.errors import InvalidArgument, optional_import, require
+from rocket_fast.image_augment import ImageAugmentConfig, centre_view, draw
+from rocket_fast.text_augment import TextAugmentConfig, augment_strong, augment_weak
+from rocket_fast.tokenizer import Tokenizer
+
+_CHUNK = 32  # samples a thread makes at a time: small enough to share a batch, large enough not to count
+_SUBSTITUTES = 64  # bad samples in a row that are believed to be accidents
+_PNG = b"\x89PNG\r\n\x1a\n"
+_JPEG = b"\xff\xd8"
+
+
+class _Codecs(NamedTuple):
+    cv2: ModuleType
+    simplejpeg: ModuleType
+    pillow: ModuleType
+    augment: ModuleType
+
+
+@functools.cache
+def _codecs() -> _Codecs:
+    return _Codecs(
+        cv2=optional_import("cv2", "train"),
+        simplejpeg=optional_import("simplejpeg", "train"),
+        pillow=optional_import("PIL.Image", "train"),
+        augment=optional_import("rocket_fast.kernels.augment", "train"),
+    )
+
+
+def decode_image(data: bytes, pixel_limit: int) -> np.ndarray:
+    """uint8 (H, W, 3) RGB of a JPEG, PNG, WebP or whatever else Pillow reads, its first frame, transparency over white.
+
+    EXIF orientation is not applied (as in open_clip). Raises BadSampleError for a damaged picture and for one of more
+    than ``pixel_limit`` pixels, whose pixels are then not decoded.
+    """
+    try:
+        if data.startswith(_PNG):
+            return _decode_png(data, pixel_limit)
+        if data.startswith(_JPEG):
+            return _decode_jpeg(data, pixel_limit)
+        return _decode_other(data, pixel_limit)
+    except BadSampleError:
+        raise
+    except Exception as error:  # decoders raise nearly anything on hostile bytes
+        raise BadSampleError("corrupt image") from error
+
+
+def _check_pixels(height: int, width: int, limit: int) -> None:
+    if height * width > limit:
+        raise BadSampleError("image over the pixel limit")
+
+
+def _decode_jpeg(data: bytes, pixel_limit: int) -> np.ndarray:
+    height, width, space, _ = _codecs().simplejpeg.decode_jpeg_header(data)
+    _check_pixels(height, width, pixel_limit)
+    if space in ("CMYK", "YCCK"):  # libjpeg leaves the inks' meaning to the caller
+        return _decode_other(data, pixel_limit)
+    return _codecs().simplejpeg.decode_jpeg(data, "RGB")
+
+
+def _decode_png(data: bytes, pixel_limit: int) -> np.ndarray:
+    _check_pixels(int.from_bytes(data[20:24], "big"), int.from_bytes(data[16:20], "big"), pixel_limit)
+    cv2 = _codecs().cv2
+    if data.rfind(b"IEND") < 0:  # some versions of cv2 fill up a truncated picture
+        raise BadSampleError("corrupt image")
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None:
+        raise BadSampleError("corrupt image")
+    if pixels.dtype == np.uint16:
+        pixels = (pixels >> 8).astype(np.uint8)
+    if pixels.ndim == 3 and pixels.shape[2] == 4:
+        return _codecs().augment.over_white(pixels)
+    return cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB if pixels.ndim == 2 else cv2.COLOR_BGR2RGB)
+
+
+def _decode_other(data: bytes, pixel_limit: int) -> np.ndarray:
+    pillow = _codecs().pillow
+    with pillow.open(io.BytesIO(data)) as picture:
+        _check_pixels(picture.height, picture.width, pixel_limit)
+        if "A" in picture.getbands() or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            white = pillow.new("RGBA", picture.size, "white")
+            picture = pillow.alpha_composite(white, picture)
+        return np.array(picture.convert("RGB"))
+
+
+def read_caption(text: bytes | None) -> str:
+    """The caption in a .txt member; BadSampleError if it is empty or not UTF-8."""
+    try:
+        caption = (text or b"").decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise BadSampleError("caption not UTF-8") from error
+    if not caption:
+        raise BadSampleError("empty caption")
+    return caption
+
+
+def read_json(data: bytes | None) -> dict[str, Any]:
+    """The object in a .json member, {} if there is none; BadSampleError if it is anything else."""
+    try:
+        value = json.loads(data) if data is not None else {}
+    except (ValueError, RecursionError) as error:
+        raise BadSampleError("json cannot be read") from error
+    if not isinstance(value, dict):
+        raise BadSampleError("json is no object")
+    return value
+
+
+def read_captions(data: bytes | None) -> list[str]:
+    """The non-empty texts of the list ``captions`` in a .json member; BadSampleError if there is none."""
+    value = read_json(data).get("captions")
+    if not isinstance(value, list):
+        raise BadSampleError('no list "captions" in json')
+    captions = [text.strip() for text in value if isinstance(text, str) and text.strip()]
+    if not captions:
+        raise BadSampleError("empty caption")
+    return captions
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """What a thread made besides the pixels: per view the token ids of its samples, their keys, ``Batch.valid``."""
+
+    ids: list[list[list[int]]]
+    keys: list[str]
+    valid: list[bool]
+    skipped: Counter[str]
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A batch being made: images to be filled by the threads, and their promises."""
+
+    images: tuple[Tensor, ...]
+    chunks: list[Future[_Chunk]]
+
+
+class CPULoader:
+    """Image-text batches made by ``data.workers`` threads; implements ``loaders.base.Loader``.
+
+    Images are uint8 (normalise them on the device), of ``image.weak`` and each of ``image.strong``. Texts: view 0
+    through ``augment_weak``, the others through ``augment_strong``, or the plain caption in all if ``text`` is None.
+
+    A batch depends on seed, epoch, data and the global batch size, not on workers, prefetching or earlier batches. A
+    sample that cannot be used (see ``skipped`` for the reasons) has its place taken by one from the following global
+    batch, which ``valid`` marks False: a real pair, so a loss that ignores ``valid`` merely sees that pair twice in an
+    epoch. The places after the last sample (``drop_last=False``) are filled the same way from the epoch's beginning.
+    Raises ValueError, on iteration, if 64 neighbours cannot be used either.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        image: ImageAugmentConfig,
+        text: TextAugmentConfig | None,
+        tokenizer: Tokenizer,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        _codecs()  # say now what is not installed
+        require(0 <= seed < 2**64, "seed", seed, "0 <= seed < 2**64")
+        self.data, self.image, self.text, self.tokenizer, self.seed = data, image, text, tokenizer, seed
+        self._shards = ShardSet(data.train, caption="txt" if data.captions == "txt" else "json")
+        self.samples = len(self._shards)
+        self.skipped = Counter(self._shards.skipped)
+        self._cursor = Cursor(self.samples, data.batch_size, rank=rank, world_size=world_size, drop_last=data.drop_last)
+        self._pool = ThreadPoolExecutor(data.workers, thread_name_prefix="rocket-fast-loader")
+        self._closed = False
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        return self._cursor.batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The rest of the current epoch."""
+        require(not self._closed, "loader", "closed", "one that has not been closed")
+        cursor, epoch = self._cursor, self._cursor.epoch
+        order = epoch_order(self.samples, self.seed, epoch, shuffle=self.data.shuffle)
+        pending: deque[_Pending] = deque()
+        submitted = cursor.delivered
+        try:
+            for number in range(cursor.delivered, cursor.batches):
+                while submitted < cursor.batches and len(pending) <= self.data.prefetch:
+                    pending.append(self._submit(order, epoch, submitted))
+                    submitted += 1
+                batch, skipped = _finish(pending.popleft())
+                if (cursor.epoch, cursor.delivered) != (epoch, number):
+                    raise RuntimeError("the loader was moved or read elsewhere while being iterated over")
+                self.skipped += skipped
+                cursor.delivered += 1
+                yield batch
+        finally:
+            for unfinished in pending:
+                for chunk in unfinished.chunks:
+                    chunk.cancel()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of ``epoch``, or stay where a resumed epoch stands."""
+        self._cursor.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place after the last delivered batch, the same on every process."""
+        return {**self._cursor.state_dict(), "seed": self.seed, "data": self._shards.fingerprint}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where ``state`` was taken, with any split of the same global batch."""
+        require(state["seed"] == self.seed, "seed", self.seed, f"the saved run's {state['seed']}")
+        same = state["data"] == self._shards.fingerprint
+        require(same, "data.train", self.data.train, "the shards and samples of the saved run; they have changed")
+        self._cursor.load_state_dict(state)
+
+    def close(self) -> None:
+        """Stop and join the threads."""
+        self._closed = True
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _submit(self, order: np.ndarray, epoch: int, number: int) -> _Pending:
+        size = self.data.batch_size
+        images = tuple(torch.empty(size, 3, v.size, v.size, dtype=torch.uint8) for v in self.image.views)
+        outs = [image.numpy() for image in images]
+        places, own = self._cursor.places(number)
+        chunks = [
+            self._pool.submit(self._make, order, epoch, places[at : at + _CHUNK], own[at : at + _CHUNK], outs, at)
+            for at in range(0, size, _CHUNK)
+        ]
+        return _Pending(images, chunks)
+
+    def _make(
+        self, order: np.ndarray, epoch: int, places: np.ndarray, own: np.ndarray, outs: list[np.ndarray], at: int
+    ) -> _Chunk:
+        """Fill the slots ``at`` ... of ``outs`` from the given places of the epoch's order."""
+        texts: list[list[str]] = [[] for _ in outs]
+        keys, valid, skipped = [], [], Counter[str]()
+        for slot, (place, is_own) in enumerate(zip(places.tolist(), own.tolist(), strict=True), start=at):
+            sample, pixels, captions, reason = self._usable(order, place)
+            if reason is not None and is_own:
+                skipped[reason] += 1
+            keys.append(sample.key)
+            valid.append(is_own and reason is None)
+            self._render(sample.key, epoch, pixels, [out[slot] for out in outs])
+            for view, collected in enumerate(texts):
+                collected.append(self._caption(sample.key, epoch, captions, view))
+        return _Chunk([self.tokenizer.encode(view_texts) for view_texts in texts], keys, valid, skipped)
+
+    def _usable(self, order: np.ndarray, place: int) -> tuple[RawSample, np.ndarray, list[str], str | None]:
+        """The sample at ``place``; if it is bad, a substitute and the reason."""
+        reason: str | None = None
+        step = self._cursor.global_batch - 1
+        for tried in range(_SUBSTITUTES + 1):
+            index = int(order[(place + (step + tried if tried else 0)) % self.samples])
+            try:
+                sample = self._shards.read(index)
+                captions = [read_caption(sample.text)] if self.data.captions == "txt" else read_captions(sample.json)
+                return sample, decode_image(sample.image, self.data.pixel_limit), captions, reason
+            except BadSampleError as error:
+                reason = reason or error.reason
+        raise InvalidArgument(
+            f"data.train: {_SUBSTITUTES + 1} samples in a row cannot be used, the first for: {reason}"
+        )
+
+    def _render(self, key: str, epoch: int, pixels: np.ndarray, outs: list[np.ndarray]) -> None:
+        height, width = pixels.shape[:2]
+        for number, (view, out) in enumerate(zip(self.image.views, outs, strict=True)):
+            params = draw(view, height, width, sample_generator(self.seed, epoch, key, number))
+            _codecs().augment.render_view(pixels, params, out)
+
+    def _caption(self, key: str, epoch: int, captions: list[str], view: int) -> str:
+        if self.text is None and len(captions) == 1:
+            return captions[0]
+        rng = sample_generator(self.seed, epoch, key, view, TEXT_STREAM)
+        caption = captions[int(rng.random() * len(captions))]
+        if self.text is None:
+            return caption
+        return augment_strong(caption, self.text, rng) if view else augment_weak(caption, self.text, rng)
+
+
+def _finish(pending: _Pending) -> tuple[Batch, Counter[str]]:
+    chunks = [future.result() for future in pending.chunks]
+    views = range(len(pending.images))
+    batch = Batch(
+        images=pending.images,
+        texts=tuple(PackedText.from_ids([ids for chunk in chunks for ids in chunk.ids[view]]) for view in views),
+        keys=tuple(key for chunk in chunks for key in chunk.keys),
+        valid=torch.tensor([valid for chunk in chunks for valid in chunk.valid]),
+    )
+    return batch, sum((chunk.skipped for chunk in chunks), Counter())
+
+
+def iter_eval(
+    patterns: Sequence[str], size: int, batch_size: int, *, workers: int = 2, pixel_limit: int = 100_000_000
+) -> Iterator[EvalBatch]:
+    """All pictures of the shards once, in order: shorter side resized to ``size`` (bicubic, antialiased), centre crop.
+
+    Samples that cannot be used are left out, and a warning at the end says how many and why. Raises ValueError for
+    shards that cannot be read. Closing the iterator ends its threads.
+    """
+    _codecs()
+    shards = ShardSet(patterns, metadata=True)
+    skipped = Counter(shards.skipped)
+    with ThreadPoolExecutor(workers, thread_name_prefix="rocket-fast-eval") as pool:
+        pending: deque[list[Future[_EvalSample | str]]] = deque()
+        starts = iter(range(0, len(shards), batch_size))
+        try:
+            while True:
+                while len(pending) < 2 and (start := next(starts, None)) is not None:
+                    indices = range(start, min(start + batch_size, len(shards)))
+                    pending.append([pool.submit(_eval_sample, shards, i, size, pixel_limit) for i in indices])
+                if not pending:
+                    break
+                results = [future.result() for future in pending.popleft()]
+                skipped.update(reason for reason in results if isinstance(reason, str))
+                made = [sample for sample in results if not isinstance(sample, str)]
+                if made:
+                    yield _eval_batch(made)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    if skipped:
+        warnings.warn(f"{sum(skipped.values())} evaluation samples left out: {dict(skipped)}", stacklevel=2)
+
+
+class _EvalSample(NamedTuple):
+    image: np.ndarray
+    caption: str
+    metadata: dict[str, Any]
+    key: str
+
+
+def _eval_sample(shards: ShardSet, index: int, size: int, pixel_limit: int) -> _EvalSample | str:
+    """One evaluation sample, or the reason why it cannot be used."""
+    try:
+        raw = shards.read(index)
+        pixels = decode_image(raw.image, pixel_limit)
+        image = np.empty((3, size, size), np.uint8)
+        params = centre_view(pixels.shape[0], pixels.shape[1], size)
+        _codecs().augment.render_view(pixels, params, image)
+        return _EvalSample(image, read_caption(raw.text), read_json(raw.json), raw.key)
+    except BadSampleError as error:
+        return error.reason
+
+
+def _eval_batch(samples: list[_EvalSample]) -> EvalBatch:
+    images, captions, metadata, keys = zip(*samples, strict=True)
+    return EvalBatch(images=torch.from_numpy(np.stack(images)), captions=captions, metadata=metadata, keys=keys)

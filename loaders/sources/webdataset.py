@@ -1,0 +1,181 @@
+"""Webdataset tars: members that share a name up to the first dot are one sample (image, .txt, .json).
+
+Only the headers are read when a shard is opened. Members are then read by position (``pread``) rather than through a
+memory map: a shard rewritten or cut while in use gives damaged samples, which are counted; a map kills the process.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from rocket_fast.loaders.base import BadSampleError
+from rocket_fast.loaders.sources import RawSample
+
+CaptionMember = Literal["txt", "json"]
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jpe", "jfif"})
+_BLOCK = 512
+_NEAR = 1 << 16  # members with less than this between them are read at once
+_ABSENT = -1
+_IMAGE, _TEXT, _JSON = 0, 1, 2
+
+
+class _OpenFile:
+    """A file descriptor that is closed when the last thread using it lets go."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+class FileCache:
+    """Reads of many files through few descriptors; safe to share among threads."""
+
+    def __init__(self, limit: int = 128) -> None:
+        self._open = functools.lru_cache(maxsize=limit)(_OpenFile)
+
+    def read(self, path: Path, offset: int, size: int) -> bytes:
+        """Up to ``size`` bytes from ``offset`` on; fewer where the file ends."""
+        return os.pread(self._open(path).descriptor, size, offset)
+
+
+class TarSource:
+    """One tar, indexed: sample i's image and, if they are wanted, its text and json bytes.
+
+    ``caption`` is the member that a sample must have besides its image; ``metadata`` keeps a .json where there is one.
+    Raises ValueError if the file is not a tar, OSError if it cannot be read. ``skipped`` counts by reason: samples
+    without an image or caption member, members that repeat a name, and a shard whose rest is damaged.
+    """
+
+    def __init__(self, path: Path, files: FileCache, *, caption: CaptionMember = "txt", metadata: bool = False) -> None:
+        self.path, self.name, self.skipped = path, path.stem, Counter[str]()
+        self._files = files
+        needed = _TEXT if caption == "txt" else _JSON
+        kept = {_IMAGE, needed} | ({_JSON} if metadata else set())
+        rows: dict[str, list[int]] = {}
+        for name, offset, size in self._members():
+            key, kind = _key_and_kind(name)
+            if kind not in kept:
+                continue
+            row = rows.setdefault(key, [_ABSENT, 0, _ABSENT, 0, _ABSENT, 0])
+            if row[2 * kind] == _ABSENT:
+                row[2 * kind : 2 * kind + 2] = offset, size
+            else:
+                self.skipped["repeated member"] += 1
+        usable: list[str] = []
+        for key, row in rows.items():
+            if row[2 * _IMAGE] == _ABSENT:
+                self.skipped["no image"] += 1
+            elif row[2 * needed] == _ABSENT:
+                self.skipped["no caption"] += 1
+            else:
+                usable.append(key)
+        # Millions of samples: arrays, not Python objects.
+        self._keys = np.array([key.encode("utf-8", "surrogateescape") for key in usable], dtype=np.bytes_)
+        self._places = np.array([rows[key] for key in usable], dtype=np.int64).reshape(-1, 3, 2)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def read(self, index: int) -> RawSample:
+        """Sample ``index``'s bytes; BadSampleError if the file no longer has them."""
+        key = f"{self.name}/{bytes(self._keys[index]).decode('utf-8', 'surrogateescape')}"
+        places = self._places[index].tolist()
+        kept = [(offset, offset + size) for offset, size in places if offset != _ABSENT]
+        start, end = min(kept)[0], max(end for _, end in kept)
+        try:
+            if end - start <= sum(e - s for s, e in kept) + _NEAR:
+                whole = self._files.read(self.path, start, end - start)
+                parts = [None if at == _ABSENT else whole[at - start : at - start + size] for at, size in places]
+            else:
+                parts = [None if at == _ABSENT else self._files.read(self.path, at, size) for at, size in places]
+        except OSError as error:
+            raise BadSampleError("shard cannot be read") from error
+        image, text, json = parts
+        complete = all(part is None or len(part) == size for part, (_, size) in zip(parts, places, strict=True))
+        if image is None or not complete:
+            raise BadSampleError("shard cut short")
+        return RawSample(key, image, text, json)
+
+    def _members(self) -> Iterator[tuple[str, int, int]]:
+        """Name, offset and size of each regular file, from the headers (ustar, GNU long names, pax)."""
+        end, offset = self.path.stat().st_size, 0
+        long_name: str | None = None
+        long_size: int | None = None
+        while True:
+            header = self._files.read(self.path, offset, _BLOCK)
+            if not header.strip(b"\0") and (header or offset > 0):
+                return  # the end-of-archive block, or the end of a file written without one
+            size = _size_of_member(header)
+            if size is None and offset == 0:
+                raise ValueError("it does not begin with a tar header")
+            if size is not None and long_size is not None:
+                size = long_size
+            data = offset + _BLOCK
+            if size is None or data + size > end:
+                self.skipped["rest of a damaged shard"] += 1
+                return
+            kind = header[156:157]
+            if kind == b"L":
+                long_name = _text(self._files.read(self.path, data, size))
+            elif kind == b"x":
+                records = _pax_records(self._files.read(self.path, data, size))
+                long_name = records.get("path", long_name)
+                long_size = int(records["size"]) if "size" in records else None
+            elif kind != b"g":
+                if kind in (b"0", b"\0", b"7"):
+                    yield long_name if long_name is not None else _short_name(header), data, size
+                long_name = long_size = None
+            offset = data + -(-size // _BLOCK) * _BLOCK
+
+
+def _key_and_kind(name: str) -> tuple[str, int | None]:
+    """Webdataset's rule: the key is the path up to the first dot of its last part, the rest tells what it is."""
+    folder, _, last = name.removeprefix("./").rpartition("/")
+    stem, _, suffix = last.partition(".")
+    suffix = suffix.lower()
+    kind = _IMAGE if suffix in IMAGE_SUFFIXES else {"txt": _TEXT, "json": _JSON}.get(suffix)
+    return (f"{folder}/{stem}" if folder else stem), (kind if stem else None)
+
+
+def _text(field: bytes) -> str:
+    return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+
+
+def _short_name(header: bytes) -> str:
+    prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
+    return f"{prefix}/{_text(header[:100])}" if prefix else _text(header[:100])
+
+
+def _size_of_member(header: bytes) -> int | None:
+    """Size field of a header; None if this is no header (its checksum tells)."""
+    try:
+        checksum = int(header[148:156].strip(b" \0"), 8)
+        if len(header) < _BLOCK or sum(header) - sum(header[148:156]) + 8 * ord(" ") != checksum:
+            return None
+        if header[124] & 0x80:  # base 256, for sizes of 8 GiB and more
+            return int.from_bytes(header[125:136], "big")
+        return int(header[124:136].strip(b" \0") or b"0", 8)
+    except ValueError:
+        return None
+
+
+def _pax_records(data: bytes) -> dict[str, str]:
+    """Lines ``length key=value``, where length counts the whole line."""
+    records = {}
+    while data:
+        length, _, rest = data.partition(b" ")
+        if not length.isdigit() or int(length) <= len(length) + 1:
+            break
+        key, _, value = rest[: int(length) - len(length) - 2].partition(b"=")
+        records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
+        data = data[int(length) :]
+    return records

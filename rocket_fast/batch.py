@@ -1,0 +1,121 @@
+"""The typed values that cross the boundaries between loader, model and loss (B samples, D dimensions)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedText:
+    """Captions of one view, laid end to end without padding.
+
+    ``tokens``: int64 or int32 (T,), the ids of all captions, each from start-of-text to end-of-text.
+    ``lengths``: int64 (B,), how many of them belong to each caption; ``lengths.sum() == T``.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+
+    def __len__(self) -> int:
+        return self.lengths.shape[0]
+
+    @staticmethod
+    def from_ids(captions: Sequence[Sequence[int]]) -> PackedText:
+        """Pack lists of token ids."""
+        lengths = torch.tensor([len(ids) for ids in captions], dtype=torch.int64)
+        flat = [token for ids in captions for token in ids]
+        return PackedText(tokens=torch.tensor(flat, dtype=torch.int64), lengths=lengths)
+
+    @staticmethod
+    def from_padded(tokens_BL: Tensor) -> PackedText:
+        """Pack zero-padded rows (B, L), as open_clip's tokenizer makes them; end-of-text is each row's largest id."""
+        lengths = tokens_BL.argmax(dim=1) + 1
+        keep_BL = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)[None, :] < lengths[:, None]
+        return PackedText(tokens=tokens_BL[keep_BL], lengths=lengths)
+
+    def padded(self) -> Tensor:
+        """Zero-padded ids (B, longest caption)."""
+        longest = int(self.lengths.max())
+        keep_BL = torch.arange(longest, device=self.tokens.device)[None, :] < self.lengths[:, None]
+        out_BL = self.tokens.new_zeros(len(self), longest)
+        out_BL[keep_BL] = self.tokens
+        return out_BL
+
+    def to(self, device: torch.device | str) -> PackedText:
+        """The same captions on another device."""
+        return PackedText(tokens=self.tokens.to(device), lengths=self.lengths.to(device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What a loader yields: B samples, each in one weak and K strong image-text views (view 0 is the weak one).
+
+    ``images``: per view, uint8 or float (B, 3, H, W); uint8 means "not normalised yet".
+    ``texts``: per view, the captions packed.
+    ``keys``: per sample, ``shard/key`` as the data names it.
+    ``valid``: bool (B,), False where a sample only fills up a partial batch.
+    ``captions``: per sample, the raw caption, when asked for.
+    """
+
+    images: tuple[Tensor, ...]
+    texts: tuple[PackedText, ...]
+    keys: tuple[str, ...]
+    valid: Tensor
+    captions: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return self.valid.shape[0]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return Batch(
+            images=tuple(image.to(device, non_blocking=True) for image in self.images),
+            texts=tuple(text.to(device) for text in self.texts),
+            keys=self.keys,
+            valid=self.valid.to(device),
+            captions=self.captions,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embeddings:
+    """What the model gives the loss; no vector is normalised yet, scales are given after exp.
+
+    ``image_z``, ``text_z``: (B, D), the weak views through head z. ``image_h``, ``text_h``: per strong view (B, D).
+    ``companion``: outputs of a self-supervised companion's heads, None where it has none.
+    """
+
+    image_z: Tensor
+    text_z: Tensor
+    logit_scale: Tensor
+    image_h: tuple[Tensor, ...] = ()
+    text_h: tuple[Tensor, ...] = ()
+    h_logit_scale: Tensor | None = None
+    companion: CompanionOutputs | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompanionOutputs:
+    """Projector (v) and predictor or prototype (p) outputs of the weak and the strong views, (B, P) each.
+
+    ``image_v``/``text_v`` hold the weak view first, then the strong ones. SiamLIP: v and p of the same encoder;
+    BYOLIP: v of the EMA encoder; BarLIP: v only; SwALIP prototypes: p = prototype scores, with their own scale.
+    """
+
+    image_v: tuple[Tensor, ...] = ()
+    text_v: tuple[Tensor, ...] = ()
+    image_p: tuple[Tensor, ...] = ()
+    text_p: tuple[Tensor, ...] = ()
+    logit_scale: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOutput:
+    """``total`` is what is differentiated; the rest is detached, for the log. Accuracies are in percent."""
+
+    total: Tensor
+    metrics: dict[str, Tensor]

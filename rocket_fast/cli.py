@@ -1,0 +1,160 @@
+"""The commands: options are the configuration's own fields, their help the fields' docstrings (the parser is tyro's)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from rocket_fast.config import TrainConfig, load_config, to_plain
+from rocket_fast.errors import require
+from rocket_fast.presets import overview, preset
+
+Checkpoint = Literal["last", "best"]
+
+
+def dispatch(arguments: list[str]) -> None:
+    """Run the command that ``arguments`` name; raises what the command raises."""
+    commands: dict[str, Callable[..., Any]] = {
+        "train": _train_command(arguments),
+        "eval": evaluate,
+        "presets": presets,
+        "data": data,
+        "doctor": doctor,
+    }
+    prog = "rocket-fast"
+    if arguments[:1] == ["data"]:
+        commands, arguments, prog = {"emoji": _emoji_command(), "check": check}, arguments[1:], "rocket-fast data"
+    tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog=prog, config=(tyro.conf.AvoidSubcommands,))
+
+
+def _train_command(arguments: list[str]) -> Callable[..., None]:
+    """``train``, with the options and defaults of the preset that the arguments name."""
+    chosen = "demo"
+    for here, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if here == "--preset":
+            chosen = following
+        elif here.startswith("--preset="):
+            chosen = here.removeprefix("--preset=")
+    default = preset(chosen)
+
+    def train(
+        preset: str = chosen,
+        resume: bool = True,
+        *,
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
+    ) -> None:
+        """Train a preset, every option of which can be changed, then evaluate; run again to continue where it stopped.
+
+        Args:
+            preset: Which recipe to start from; `rocket-fast presets` lists them.
+            resume: Continue the run that the folder holds; otherwise refuse to touch it.
+            config: The recipe.
+        """
+        from rocket_fast.trainer import train as run
+
+        run(config, resume=resume)
+
+    return train
+
+
+def evaluate(run: tyro.conf.Positional[Path], checkpoint: Checkpoint = "last") -> None:
+    """Evaluate a run's checkpoint on the sets of its configuration; print the table, write eval.json and the pictures.
+
+    Args:
+        run: The run's folder, such as runs/demo.
+        checkpoint: The last one, or the one that scored best in training.
+    """
+    from rocket_fast.evaluation import result_table
+    from rocket_fast.trainer import evaluate_run
+
+    config = load_config(run)
+    Console().print(result_table(evaluate_run(run, checkpoint), config.eval))
+
+
+def presets(name: tyro.conf.Positional[str | None] = None) -> None:
+    """List the presets, or print one: the resolved recipe, parameters and FLOPs.
+
+    Args:
+        name: A preset's name.
+    """
+    console = Console()
+    if name is None:
+        table = Table(title="rocket-fast presets NAME prints one in full")
+        table.add_column("preset", overflow="fold")
+        table.add_column("what it is")
+        for names, meaning in overview():
+            table.add_row(names, meaning)
+        console.print(table)
+        return
+    config = preset(name)
+    console.print_json(data=to_plain(config))
+    console.print(_cost_table(config))
+
+
+def _cost_table(config: TrainConfig) -> Table:
+    from rocket_fast.plan import TYPICAL_TOKENS, cost
+
+    figures = cost(config)
+    table = Table(title=f"{config.name}: cost", show_header=False)
+    towers = f"image {figures.image_parameters / 1e6:.1f}, text {figures.text_parameters / 1e6:.1f}"
+    rows = {
+        "parameters": f"{figures.parameters / 1e6:.1f} M ({towers}, heads {figures.head_parameters / 1e6:.1f})",
+        "views per sample": str(figures.views),
+        "image FLOPs per sample": f"{figures.image_flops / 1e9:.2f} G forward, all views",
+        "text FLOPs per sample": f"{figures.text_flops / 1e9:.2f} G forward at {TYPICAL_TOKENS} tokens, "
+        f"{figures.text_flops_full / 1e9:.2f} G at full length",
+        "training FLOPs per sample": f"{figures.training_flops / 1e9:.2f} G (3 x forward)",
+    }
+    for subject, figure in rows.items():
+        table.add_row(subject, figure)
+    return table
+
+
+def data() -> None:
+    """Build or check data: `rocket-fast data emoji`, `rocket-fast data check`."""
+
+
+def _emoji_command() -> Callable[..., None]:
+    from rocket_fast.loaders.emoji import EmojiConfig, build_emoji
+
+    def emoji(config: Annotated[EmojiConfig, tyro.conf.arg(name="")] = EmojiConfig()) -> None:  # noqa: B008
+        """Fetch the demo's emoji drawings, render them and write training and test shards with a contact sheet."""
+        build_emoji(config)
+
+    return emoji
+
+
+def check(shards: tyro.conf.Positional[tuple[str, ...]], captions: Literal["txt", "several"] = "txt") -> None:
+    """Read every sample of the given shards as training would; count what would be skipped, and why.
+
+    Args:
+        shards: Tar files or patterns, such as 'data/emoji/train-*.tar'.
+        captions: Where captions are read: the .txt members, or the lists in the .json members.
+    """
+    from rocket_fast.loaders.check import check_shards
+
+    require(len(shards) > 0, "shards", shards, "at least one tar file or pattern")
+    with Progress(TextColumn("check"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
+        task = progress.add_task("check")
+        report = check_shards(
+            shards, captions=captions, advance=lambda done, total: progress.update(task, completed=done, total=total)
+        )
+    table = Table("", "samples", "for example")
+    sizes = "" if report.pixels is None else f"{report.pixels[0]:,} to {report.pixels[1]:,} pixels"
+    table.add_row("usable", f"{report.usable:,}", sizes)
+    for reason, count in report.skipped.most_common():
+        table.add_row(reason, f"{count:,}", ", ".join(report.examples.get(reason, [])))
+    Console().print(table)
+
+
+def doctor() -> None:
+    """Say what this machine has, what a run would choose on it, and what is not installed."""
+    from rocket_fast.doctor import doctor_table
+
+    Console().print(doctor_table())

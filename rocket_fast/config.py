@@ -1,0 +1,231 @@
+"""The configuration of a run as one tree of dataclasses, its JSON, and the record of what exactly was run."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import platform
+import subprocess
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from rocket_fast.errors import require
+from rocket_fast.image_augment import ImageAugmentConfig
+from rocket_fast.loaders.base import DataConfig
+from rocket_fast.losses import LossConfig
+from rocket_fast.models.clip import CLIPConfig
+from rocket_fast.optim import OptimConfig
+from rocket_fast.text_augment import TextAugmentConfig
+from rocket_fast.version import __version__
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long to train, on what, and how often to look."""
+
+    epochs: int = 32
+    """Passes over the training data."""
+    max_steps: int | None = None
+    """Stop after so many steps although the schedule is longer (a dry run); None trains all epochs."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes CUDA where there is one."""
+    precision: Precision = "auto"
+    """Autocast type; auto takes bf16 where the hardware multiplies it natively (CUDA sm_80+, CPUs with AMX)."""
+    compile: bool = False
+    """Compile the towers with torch.compile."""
+    threads: int | None = None
+    """Torch's CPU threads; None takes every core."""
+    log_every: int = 20
+    """Steps between log records."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; one is written at the end and on Ctrl-C or SIGTERM as well."""
+    keep_checkpoints: int = 2
+    """How many of the latest checkpoints stay on disk."""
+    eval_every_epochs: int = 1
+    """Epochs between zero-shot evaluations (the best score keeps best.pt); 0 evaluates at the end only."""
+    weight_average: float | None = None
+    """Decay per step of an exponential moving average of the weights, used for evaluation; None keeps none."""
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 1, "loop.epochs", self.epochs, "a number >= 1")
+        require(
+            self.max_steps is None or self.max_steps >= 1, "loop.max_steps", self.max_steps, "a number >= 1 or None"
+        )
+        require(self.threads is None or self.threads >= 1, "loop.threads", self.threads, "a number >= 1 or None")
+        require(self.log_every >= 1, "loop.log_every", self.log_every, "a number >= 1")
+        require(self.checkpoint_every >= 1, "loop.checkpoint_every", self.checkpoint_every, "a number >= 1")
+        require(self.keep_checkpoints >= 1, "loop.keep_checkpoints", self.keep_checkpoints, "a number >= 1")
+        require(self.eval_every_epochs >= 0, "loop.eval_every_epochs", self.eval_every_epochs, "a number >= 0")
+        decay = self.weight_average
+        require(decay is None or 0 < decay < 1, "loop.weight_average", decay, "a number between 0 and 1, or None")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSet:
+    """A zero-shot test: pictures in shards, whose captions are the class names."""
+
+    name: str
+    """How the result is called."""
+    shards: tuple[str, ...]
+    """Tar files or patterns; a sample's class is its caption, the classes are all captions that occur."""
+    templates: tuple[str, ...] = ("{}",)
+    """Prompts, each with one {} for the class name; their embeddings are averaged."""
+
+    def __post_init__(self) -> None:
+        require(len(self.shards) > 0, f"shards of evaluation set {self.name}", self.shards, "at least one pattern")
+        for template in self.templates:
+            require(template.count("{}") == 1, f"template of {self.name}", template, "a text with one {}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What to measure; see EvalSet."""
+
+    sets: tuple[EvalSet, ...] = ()
+    """Zero-shot tests, the first of which picks the best checkpoint."""
+    batch_size: int = 512
+    """Pictures encoded at once."""
+    z_weight: float = 0.5
+    """Weight w of head z in the reported score w cos(z) + (1 - w) cos(h); all of 0, 0.1 ... 1 are written to the file."""
+    pixel_baseline: bool = False
+    """Also classify by the nearest neighbour on 16 x 16 pixels (for data that fits in memory)."""
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "eval.batch_size", self.batch_size, "a number >= 1")
+        require(0 <= self.z_weight <= 1, "eval.z_weight", self.z_weight, "a number in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides a run."""
+
+    name: str
+    """Name of the run; its folder is out/name."""
+    out: Path = Path("runs")
+    """Folder that holds the runs."""
+    seed: int = 0
+    """Seed of initialisation, order, augmentation and dropout."""
+    data: DataConfig
+    image: ImageAugmentConfig
+    text: TextAugmentConfig | None = None
+    model: CLIPConfig
+    loss: LossConfig
+    optim: OptimConfig
+    loop: LoopConfig
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        require(self.name not in ("", ".", "..") and "/" not in self.name, "name", self.name, "a plain folder name")
+        require(self.seed >= 0, "seed", self.seed, "a number >= 0")
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.out / self.name
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses, tuples and paths as JSON values; each dataclass carries its class name under ``class``."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"class": type(value).__name__, **fields}
+    if isinstance(value, tuple | list):
+        return [to_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def from_plain(value: Any, kind: Any = TrainConfig, where: str = "config") -> Any:
+    """Rebuild what ``to_plain`` wrote, checked against the type ``kind``; ``where`` names the place in errors."""
+    options = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    if value is None and types.NoneType in options:
+        return None
+    if isinstance(value, dict):
+        classes = {option.__name__: option for option in options if isinstance(option, type)}
+        name = str(value.get("class"))
+        require(name in classes, f"{where}.class", name, f"one of {sorted(classes)}")
+        return _dataclass_from_plain(value, classes[name], where)
+    for option in options:
+        if typing.get_origin(option) is tuple and isinstance(value, list):
+            kinds = typing.get_args(option)
+            repeated = len(kinds) == 2 and kinds[1] is Ellipsis
+            each = [kinds[0]] * len(value) if repeated else kinds
+            require(len(each) == len(value), where, value, f"{len(each)} values")
+            return tuple(from_plain(v, k, f"{where}.{i}") for i, (v, k) in enumerate(zip(value, each, strict=True)))
+        if option is Path:
+            return Path(value)
+    return value
+
+
+def _dataclass_from_plain(value: dict[str, Any], kind: type, where: str) -> Any:
+    hints = _type_hints(kind)
+    fields = {name: v for name, v in value.items() if name != "class"}
+    unknown = sorted(set(fields) - set(hints))
+    require(not unknown, where, unknown, f"only fields of {kind.__name__}: {sorted(hints)}")
+    return kind(**{name: from_plain(v, hints[name], f"{where}.{name}") for name, v in fields.items()})
+
+
+@functools.cache
+def _type_hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def load_config(folder: Path) -> TrainConfig:
+    """The configuration a run wrote into its folder."""
+    path = folder / "config.json"
+    require(path.is_file(), "run", str(folder), "a run's folder, with its config.json")
+    return from_plain(json.loads(path.read_text()))
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """Lines ``field: old -> new`` for every leaf in which two configurations differ."""
+
+    def leaves(value: Any, at: str) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return {k: v for name, item in value.items() for k, v in leaves(item, f"{at}.{name}".lstrip(".")).items()}
+        return {at: value}
+
+    before, after = leaves(to_plain(old), ""), leaves(to_plain(new), "")
+    names = [*before, *(name for name in after if name not in before)]
+    return [f"{n}: {before.get(n)} -> {after.get(n)}" for n in names if before.get(n) != after.get(n)]
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, git commit and command line: what a reader needs to run the same again."""
+    packages = ("torch", "numpy", "triton", "xformers", "timm", "numba", "pillow", "simplejpeg", "tyro")
+    versions: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "rocket_fast": __version__,
+        "git_commit": _git_commit(),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+    }
+
+
+def _git_commit() -> str | None:
+    """Commit of the source tree this package runs from, ``+changes`` if it was edited; None for an installed wheel."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        inside_tree = git("ls-files", "--error-unmatch", __file__)
+        changed = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+        return git("rev-parse", "HEAD") + changed if inside_tree else None
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,29 @@
+"""Errors written for the person who meets them: the argument, the value got, the value expected."""
+
+import importlib
+from types import ModuleType
+
+
+class InvalidArgument(ValueError):
+    """A value the user gave cannot be used."""
+
+
+class MissingExtra(ImportError):
+    """An optional package is not installed."""
+
+
+def require(condition: bool, argument: str, got: object, expected: str) -> None:
+    """Raise ``InvalidArgument("argument: got ..., expected ...")``, a ValueError, unless ``condition`` holds."""
+    if not condition:
+        raise InvalidArgument(f"{argument}: got {got!r}, expected {expected}")
+
+
+def optional_import(module: str, extra: str) -> ModuleType:
+    """Import ``module``, or say in one line which extra of rocket-fast brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtra(
+            f"{module} is needed here and could not be imported ({error}); install it with: "
+            f"pip install 'rocket-fast[{extra}]'"
+        ) from error

@@ -1,0 +1,196 @@
+"""From embeddings to the number that is differentiated: gather once, call the kernels, name the metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from rocket_fast.batch import CompanionOutputs, Embeddings, LossOutput
+from rocket_fast.distributed import gather, world_size
+from rocket_fast.errors import require
+from rocket_fast.kernels import (
+    MultiviewClipTerms,
+    Reduction,
+    barlip_loss,
+    multiview_clip_terms,
+    siamlip_loss,
+    swalip_loss,
+    swalip_prototypes_loss,
+)
+from rocket_fast.models.heads import (
+    BarLIPConfig,
+    BYOLIPConfig,
+    CompanionConfig,
+    SiamLIPConfig,
+    SwALIPConfig,
+    SwALIPPrototypesConfig,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The contrastive loss; with strong views it is CL2L, without them plain CLIP."""
+
+    label_smoothing: float = 0.1
+    """Label smoothing of the strong pairs, in [0, 1); the weak pair has none."""
+    reduction: Reduction = "sum"
+    """avg: mean of image-to-text and text-to-image; sum: their sum (twice as much, companions weigh less)."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.label_smoothing < 1, "loss.label_smoothing", self.label_smoothing, "a number in [0, 1)")
+        require(self.reduction in ("avg", "sum"), "loss.reduction", self.reduction, "'avg' or 'sum'")
+
+
+# What a companion adds to the total, and its metrics.
+CompanionLoss = Callable[[Embeddings], tuple[Tensor, dict[str, Tensor]]]
+
+
+class Objective(nn.Module):
+    """The training objective: CL2L plus, where there is one, a companion's loss. Has no parameters."""
+
+    def __init__(self, loss: LossConfig, companion_loss: CompanionLoss | None) -> None:
+        super().__init__()
+        self.loss = loss
+        self.companion_loss = companion_loss
+
+    def forward(self, embeddings: Embeddings) -> LossOutput:
+        """The loss of the batch of all ranks together, the same number on each; see rocket_fast/distributed.py.
+
+        ``metrics`` (0-dimensional, detached): ``loss``; ``clip_loss`` (mean of both directions), ``clip_loss_image``,
+        ``clip_loss_text``, the same with ``_global`` (weak pair) and ``_local`` (mean over strong pairs); ``clip_acc``
+        (weak, image to text, percent), ``clip_acc_{image,text}_{global,local}``; ``logit_scale``, ``h_logit_scale``
+        (after exp); the companion's ``siamlip_loss``, ``barlip_loss`` or ``swalip_loss`` (without its weight) and
+        ``swalip_logit_scale``.
+        """
+        everyone = gather_embeddings(embeddings)
+        terms = multiview_clip_terms(
+            everyone.image_z,
+            everyone.text_z,
+            everyone.logit_scale,
+            everyone.image_h,
+            everyone.text_h,
+            everyone.h_logit_scale,
+            label_smoothing=self.loss.label_smoothing,
+        )
+        total = terms.reduce(self.loss.reduction)
+        metrics = _clip_metrics(terms) | _scale_metrics(everyone)
+        if self.companion_loss is not None:
+            added, companion_metrics = self.companion_loss(everyone)
+            total, metrics = total + added, metrics | companion_metrics
+        metrics["loss"] = total
+        return LossOutput(total=total, metrics={name: value.detach() for name, value in metrics.items()})
+
+
+def build_loss(loss: LossConfig, companion: CompanionConfig | None) -> Objective:
+    """The objective for a model with the given companion (None: CL2L or plain CLIP alone)."""
+    return Objective(loss, None if companion is None else _companion_loss(companion))
+
+
+def gather_embeddings(embeddings: Embeddings) -> Embeddings:
+    """The embeddings of all ranks, samples in rank order, by one collective forward and one backward.
+
+    The tensors travel side by side in their common dtype; local batches may differ in size.
+    """
+    if world_size() == 1:
+        return embeddings
+    own = embeddings.companion or CompanionOutputs()
+    groups = (
+        (embeddings.image_z, embeddings.text_z),
+        embeddings.image_h,
+        embeddings.text_h,
+        own.image_v,
+        own.text_v,
+        own.image_p,
+        own.text_p,
+    )
+    flat = [tensor for group in groups for tensor in group]
+    gathered = iter(gather(torch.cat(flat, dim=1)).split([tensor.shape[1] for tensor in flat], dim=1))
+    (image_z, text_z), image_h, text_h, image_v, text_v, image_p, text_p = (
+        tuple(islice(gathered, len(group))) for group in groups
+    )
+    companion = replace(own, image_v=image_v, text_v=text_v, image_p=image_p, text_p=text_p)
+    return replace(
+        embeddings,
+        image_z=image_z,
+        text_z=text_z,
+        image_h=image_h,
+        text_h=text_h,
+        companion=None if embeddings.companion is None else companion,
+    )
+
+
+def _clip_metrics(terms: MultiviewClipTerms) -> dict[str, Tensor]:
+    metrics = {
+        "clip_loss": terms.reduce("avg"),
+        "clip_loss_image": terms.loss_image,
+        "clip_loss_text": terms.loss_text,
+        "clip_acc": terms.weak.accuracy_image,
+    }
+    for place, part in (("global", terms.weak), ("local", terms.strong)):
+        if part is not None:
+            metrics[f"clip_loss_image_{place}"] = part.loss_image
+            metrics[f"clip_loss_text_{place}"] = part.loss_text
+            metrics[f"clip_acc_image_{place}"] = part.accuracy_image
+            metrics[f"clip_acc_text_{place}"] = part.accuracy_text
+    return metrics
+
+
+def _scale_metrics(embeddings: Embeddings) -> dict[str, Tensor]:
+    scales = {"logit_scale": embeddings.logit_scale, "h_logit_scale": embeddings.h_logit_scale}
+    return {name: scale for name, scale in scales.items() if scale is not None}
+
+
+def _outputs(embeddings: Embeddings) -> CompanionOutputs:
+    require(embeddings.companion is not None, "embeddings.companion", None, "the outputs of the companion's heads")
+    assert embeddings.companion is not None
+    return embeddings.companion
+
+
+def _companion_loss(config: CompanionConfig) -> CompanionLoss:
+    """The loss that belongs to a companion's configuration, chosen once."""
+    if isinstance(config, SiamLIPConfig | BYOLIPConfig):
+        return _siamlip
+    if isinstance(config, BarLIPConfig):
+        return partial(_barlip, config)
+    if isinstance(config, SwALIPConfig):
+        return partial(_swalip, config)
+    require(isinstance(config, SwALIPPrototypesConfig), "companion", config, "one of rocket_fast.models.heads' configs")
+    return partial(_swalip_prototypes, config)
+
+
+def _siamlip(embeddings: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
+    heads = _outputs(embeddings)
+    loss = siamlip_loss(heads.image_p, heads.text_p, heads.image_v, heads.text_v)
+    return loss, {"siamlip_loss": loss}
+
+
+def _barlip(config: BarLIPConfig, embeddings: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
+    heads = _outputs(embeddings)
+    loss = barlip_loss(heads.image_v, heads.text_v, lambda_=config.lambda_, scale=config.scale)
+    return loss, {"barlip_loss": loss}
+
+
+def _swalip(config: SwALIPConfig, embeddings: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
+    scale = embeddings.h_logit_scale
+    require(scale is not None, "embeddings.h_logit_scale", None, "the strong head's scale, which SwALIP needs")
+    assert scale is not None
+    loss = swalip_loss(
+        embeddings.image_h, embeddings.text_h, scale, epsilon=config.epsilon, iterations=config.iterations
+    )
+    return config.weight * loss, {"swalip_loss": loss}
+
+
+def _swalip_prototypes(config: SwALIPPrototypesConfig, embeddings: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
+    heads = _outputs(embeddings)
+    scale = heads.logit_scale
+    require(scale is not None, "embeddings.companion.logit_scale", None, "the prototypes' own scale")
+    assert scale is not None
+    loss = swalip_prototypes_loss(
+        heads.image_p, heads.text_p, scale, epsilon=config.epsilon, iterations=config.iterations
+    )
+    return config.weight * loss, {"swalip_loss": loss, "swalip_logit_scale": scale}

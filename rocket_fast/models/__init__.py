@@ -1,0 +1,1 @@
+"""The towers, the heads and the dual encoder they make up."""

@@ -1,0 +1,106 @@
+"""The text tower: CLIP's causal transformer (Radford et al. 2021, section 2.4), read at end-of-text.
+
+Shapes: B captions, L tokens, W width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rocket_fast.batch import PackedText
+from rocket_fast.errors import require
+from rocket_fast.models.attention import TransformerBlock, run_block
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """A causal pre-norm transformer with QuickGELU; its MLPs are 4 times as wide."""
+
+    vocab_size: int = 49408
+    """Number of token ids; CLIP's byte-pair vocabulary has 49408."""
+    context_length: int = 77
+    """Longest caption in tokens, start and end included."""
+    width: int = 512
+    """Width of the tokens and of the features."""
+    layers: int = 12
+    """Transformer blocks."""
+    heads: int = 8
+    """Attention heads of each block."""
+    dropout: float = 0.0
+    """Dropout on each block's input, in training, on strong views only."""
+    checkpointing: bool = False
+    """Recompute the blocks' activations in the backward pass: less memory, a third more work."""
+
+    def __post_init__(self) -> None:
+        require(self.vocab_size >= 1, "text.vocab_size", self.vocab_size, "a number >= 1")
+        require(self.context_length >= 1, "text.context_length", self.context_length, "a number >= 1")
+        require(self.layers >= 1, "text.layers", self.layers, "a number >= 1")
+        require(self.heads >= 1, "text.heads", self.heads, "a number >= 1")
+        fits = self.width >= 1 and self.width % self.heads == 0
+        require(fits, "text.width", self.width, f"a positive multiple of heads = {self.heads}")
+        require(0 <= self.dropout < 1, "text.dropout", self.dropout, "a number in [0, 1)")
+
+
+class TextTower(nn.Module):
+    """Captions to features, (B, W): the last block's output at each caption's last token, normalised.
+
+    Initialised as CLIP's text tower, with N layers: normal, with standard deviations .02 (token embedding), .01
+    (positions), W^-1/2 (q, k, v), (2W)^-1/2 (first MLP layer), (2NW)^-1/2 (the two layers that add to the residual
+    stream); attention biases 0, MLP biases as ``nn.Linear``'s.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config, self.width = config, config.width
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.positional_embedding = nn.Parameter(torch.empty(config.context_length, config.width))
+        blocks = [
+            TransformerBlock(
+                config.width, config.heads, 4 * config.width, norm_eps=1e-5, activation=quick_gelu, causal=True
+            )
+            for _ in range(config.layers)
+        ]
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(config.width, eps=1e-5)
+
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        for block in blocks:
+            _initialize_block(block, config.width, config.layers)
+
+    def forward(self, text: PackedText, *, strong: bool) -> Tensor:
+        """Features (B, W); ``strong`` says that this is a strong view, which has dropout in training.
+
+        Captions are padded to the longest of the batch: attention is causal, so tokens after the end change nothing.
+        Raises ``ValueError`` where that exceeds the context length.
+        """
+        tokens_BL = text.padded()
+        longest = tokens_BL.shape[1]
+        limit = self.config.context_length
+        require(longest <= limit, "text", f"a caption of {longest} tokens", f"at most context_length = {limit}")
+        dropout = self.config.dropout if strong and self.training else 0.0
+
+        x_BLW = self.token_embedding(tokens_BL) + self.positional_embedding[:longest]
+        for block in self.blocks:
+            x_BLW = run_block(block, F.dropout(x_BLW, dropout), checkpointing=self.config.checkpointing)
+        rows = torch.arange(len(text), device=x_BLW.device)
+        return self.norm(x_BLW[rows, text.lengths - 1])
+
+
+def _initialize_block(block: TransformerBlock, width: int, layers: int) -> None:
+    residual_std = (2 * layers * width) ** -0.5
+    nn.init.normal_(block.qkv.weight, std=width**-0.5)
+    nn.init.normal_(block.fc1.weight, std=(2 * width) ** -0.5)
+    nn.init.normal_(block.proj.weight, std=residual_std)
+    nn.init.normal_(block.fc2.weight, std=residual_std)
+    nn.init.zeros_(block.qkv.bias)
+    nn.init.zeros_(block.proj.bias)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """``x * sigmoid(1.702 x)``: the approximation of GELU that CLIP's models were trained with."""
+    return x * torch.sigmoid(1.702 * x)

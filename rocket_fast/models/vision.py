@@ -1,0 +1,252 @@
+"""Vision towers: normalised pictures (B, 3, H, W) to features (B, width).
+
+A tower sees one view at a time, so that batch norm takes each view's own statistics, as in the original recipe.
+Shapes: B pictures, C channels, H x W pixels or positions, L tokens, D tower width.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rocket_fast.errors import optional_import, require
+from rocket_fast.models.attention import TransformerBlock, run_block
+
+
+def _require_heads(width: int, heads: int) -> None:
+    require(heads >= 1, "vision.heads", heads, "a number >= 1")
+    require(width >= 1 and width % heads == 0, "vision.width", width, f"a positive multiple of heads = {heads}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+    """A vision transformer with class token, GELU and pre-norm (Dosovitskiy et al. 2021); the default is ViT-B/16."""
+
+    image_size: int = 224
+    """Side of the square pictures, in pixels."""
+    patch_size: int = 16
+    """Side of the square patches, in pixels."""
+    width: int = 768
+    """Width of the tokens and of the features."""
+    layers: int = 12
+    """Transformer blocks."""
+    heads: int = 12
+    """Attention heads of each block."""
+    mlp_ratio: float = 4.0
+    """Width of a block's hidden layer as a multiple of the width."""
+    checkpointing: bool = False
+    """Recompute the blocks' activations in the backward pass: less memory, a third more work."""
+
+    def __post_init__(self) -> None:
+        require(self.patch_size >= 1, "vision.patch_size", self.patch_size, "a number >= 1")
+        fits = self.image_size >= 1 and self.image_size % self.patch_size == 0
+        require(fits, "vision.image_size", self.image_size, f"a positive multiple of patch_size = {self.patch_size}")
+        require(self.layers >= 1, "vision.layers", self.layers, "a number >= 1")
+        _require_heads(self.width, self.heads)
+        require(self.mlp_ratio > 0, "vision.mlp_ratio", self.mlp_ratio, "a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvStemViTConfig:
+    """For small pictures: a residual CNN, then transformer blocks on its positions (perhaps none), then their mean."""
+
+    image_size: int = 32
+    """Side of the square pictures, in pixels."""
+    stem_widths: tuple[int, ...] = (64, 128, 256)
+    """Channels of each stage of the CNN; every stage but the first halves the resolution."""
+    stem_blocks: int = 1
+    """Residual blocks in each stage."""
+    width: int = 256
+    """Width of the tokens and of the features."""
+    layers: int = 0
+    """Transformer blocks after the CNN."""
+    heads: int = 4
+    """Attention heads of each transformer block."""
+    mlp_ratio: float = 4.0
+    """Width of a block's hidden layer as a multiple of the width."""
+
+    def __post_init__(self) -> None:
+        widths_fit = len(self.stem_widths) >= 1 and all(width >= 1 for width in self.stem_widths)
+        require(widths_fit, "vision.stem_widths", self.stem_widths, "one or more numbers >= 1")
+        stride = 2 ** (len(self.stem_widths) - 1)
+        fits = self.image_size >= 1 and self.image_size % stride == 0
+        require(fits, "vision.image_size", self.image_size, f"a positive multiple of the stem's stride, {stride}")
+        require(self.stem_blocks >= 1, "vision.stem_blocks", self.stem_blocks, "a number >= 1")
+        require(self.layers >= 0, "vision.layers", self.layers, "a number >= 0")
+        _require_heads(self.width, self.heads)
+        require(self.mlp_ratio > 0, "vision.mlp_ratio", self.mlp_ratio, "a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimmConfig:
+    """A convolutional network of the timm package, from scratch, with timm's initialisation and its pooled features."""
+
+    name: Literal["resnet50", "convnext_tiny"]
+    """Name of the architecture in timm."""
+
+    def __post_init__(self) -> None:
+        known = ("resnet50", "convnext_tiny")
+        require(self.name in known, "vision.name", self.name, f"one of {known}")
+
+
+VisionConfig = ViTConfig | ConvStemViTConfig | TimmConfig
+
+VIT_S16 = ViTConfig(width=384, heads=12)
+"""ViT-S/16 with the 12 heads of MoCo-v3's and the recipe's (timm's and DeiT's has 6)."""
+
+VIT_B16 = ViTConfig()
+VIT_B32 = ViTConfig(patch_size=32)
+VIT_L16 = ViTConfig(width=1024, layers=24, heads=16)
+
+
+class VisionTower(nn.Module):
+    """Normalised pictures, floating point (B, 3, H, W), to features (B, ``width``)."""
+
+    width: int
+
+
+def build_vision(config: VisionConfig) -> VisionTower:
+    """The tower that a configuration describes, freshly initialised."""
+    if isinstance(config, ViTConfig):
+        return ViT(config)
+    if isinstance(config, ConvStemViTConfig):
+        return ConvStemViT(config)
+    require(isinstance(config, TimmConfig), "vision", config, "one of the configurations of rocket_fast.models.vision")
+    return TimmTower(config)
+
+
+class ViT(VisionTower):
+    """Vision transformer; the features are the class token's, normalised.
+
+    Initialised as timm's: weights and positions from a normal (std .02, cut at 2), class token from one of std 1e-6,
+    biases 0, the patch convolution as ``nn.Conv2d``'s.
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config, self.width = config, config.width
+        patches = (config.image_size // config.patch_size) ** 2
+        self.patch_embed = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.width))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + patches, config.width))
+        self.blocks = _transformer(config.width, config.layers, config.heads, config.mlp_ratio)
+        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        """Features (B, D). Raises ``ValueError`` where the pictures have another size than the configuration's."""
+        _require_size(image_BCHW, self.config.image_size)
+        patch_BLD = self.patch_embed(image_BCHW).flatten(2).transpose(1, 2)
+        x_BLD = torch.cat([self.cls_token.expand(len(image_BCHW), -1, -1), patch_BLD], dim=1) + self.pos_embed
+        for block in self.blocks:
+            x_BLD = run_block(block, x_BLD, checkpointing=self.config.checkpointing)
+        return self.norm(x_BLD[:, 0])
+
+
+class ConvStemViT(VisionTower):
+    """Residual CNN, transformer blocks, mean over positions, layer norm.
+
+    Initialised: convolutions as He et al. 2015 (normal, fan out), each residual branch's last norm with weight 0, so
+    that the CNN starts as a plain chain of its shortcuts; the transformer as ``ViT``'s.
+    """
+
+    def __init__(self, config: ConvStemViTConfig) -> None:
+        super().__init__()
+        self.config, self.width = config, config.width
+        side = config.image_size // 2 ** (len(config.stem_widths) - 1)
+        self.stem = _residual_stem(config.stem_widths, config.stem_blocks)
+        stem_width = config.stem_widths[-1]
+        self.to_tokens = nn.Identity() if stem_width == config.width else nn.Conv2d(stem_width, config.width, 1)
+        self.pos_embed = nn.Parameter(torch.empty(1, side * side, config.width)) if config.layers else None
+        self.blocks = _transformer(config.width, config.layers, config.heads, config.mlp_ratio)
+        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        if self.pos_embed is not None:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        """Features (B, D). Raises ``ValueError`` where the pictures have another size than the configuration's."""
+        _require_size(image_BCHW, self.config.image_size)
+        x_BLD = self.to_tokens(self.stem(image_BCHW)).flatten(2).transpose(1, 2)
+        if self.pos_embed is not None:
+            x_BLD = x_BLD + self.pos_embed
+        for block in self.blocks:
+            x_BLD = block(x_BLD)
+        return self.norm(x_BLD.mean(dim=1))
+
+
+class TimmTower(VisionTower):
+    """A timm network without its classifier, ``trunk``."""
+
+    def __init__(self, config: TimmConfig) -> None:
+        super().__init__()
+        self.trunk = optional_import("timm", "train").create_model(config.name, pretrained=False, num_classes=0)
+        self.width = self.trunk.num_features
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        """Features (B, D), averaged over positions; any picture size."""
+        return self.trunk(image_BCHW)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with norms beside a shortcut (He et al. 2016); the first may halve the resolution."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = _conv(channels_in, channels, size=3, stride=stride)
+        self.norm1 = _stem_norm(channels)
+        self.conv2 = _conv(channels, channels, size=3)
+        self.norm2 = _stem_norm(channels)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or channels_in != channels:
+            self.shortcut = nn.Sequential(_conv(channels_in, channels, size=1, stride=stride), _stem_norm(channels))
+        nn.init.zeros_(self.norm2.weight)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C', H / stride, W / stride)."""
+        branch_BCHW = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x_BCHW)))))
+        return F.relu(self.shortcut(x_BCHW) + branch_BCHW)
+
+
+def _residual_stem(widths: tuple[int, ...], blocks: int) -> nn.Sequential:
+    """A 3x3 convolution at full resolution, then one stage of residual blocks a width."""
+    stages: OrderedDict[str, nn.Module] = OrderedDict()
+    stages["conv"], stages["norm"], stages["relu"] = _conv(3, widths[0], size=3), _stem_norm(widths[0]), nn.ReLU()
+    for stage, (width_in, width) in enumerate(pairwise((widths[0], *widths))):
+        first = ResidualBlock(width_in, width, stride=1 if stage == 0 else 2)
+        rest = [ResidualBlock(width, width, stride=1) for _ in range(blocks - 1)]
+        stages[f"stage{stage}"] = nn.Sequential(first, *rest)
+    return nn.Sequential(stages)
+
+
+def _conv(channels_in: int, channels: int, *, size: int, stride: int = 1) -> nn.Conv2d:
+    conv = nn.Conv2d(channels_in, channels, size, stride=stride, padding=size // 2, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return conv
+
+
+def _stem_norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels)
+
+
+def _transformer(width: int, layers: int, heads: int, mlp_ratio: float) -> nn.ModuleList:
+    blocks = nn.ModuleList(
+        TransformerBlock(width, heads, int(width * mlp_ratio), norm_eps=1e-6, activation=F.gelu, causal=False)
+        for _ in range(layers)
+    )
+    for module in blocks.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+    return blocks
+
+
+def _require_size(image_BCHW: Tensor, size: int) -> None:
+    got = tuple(image_BCHW.shape)
+    require(got[1:] == (3, size, size), "image", f"shape {got}", f"shape (B, 3, {size}, {size})")

@@ -1,0 +1,251 @@
+"""The numba view renderer against Pillow, cv2 and float64 formulas."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rocket_fast.image_augment import NO_SOLARIZE, ViewParams, centre_view
+
+cv2 = pytest.importorskip("cv2")
+Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("numba")
+from rocket_fast.kernels import augment  # noqa: E402
+
+SIZES = [(48, 48), (61, 37), (120, 200), (7, 90)]
+
+
+def noise(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def photo(height, width, seed=0):
+    """Smooth shapes and sharp edges, away from black and white, as photographs mostly are."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width].astype(np.float64)
+    picture = np.zeros((height, width, 3))
+    for channel in range(3):
+        for _ in range(4):
+            picture[..., channel] += np.sin(x * rng.uniform(0, 0.5) + y * rng.uniform(0, 0.5) + rng.uniform(0, 6))
+        picture[..., channel] += 2.0 * (x * rng.uniform(-1, 1) + y * rng.uniform(-1, 1) > rng.uniform(-5, 20))
+    picture -= picture.min()
+    return (40 + 170 * picture / picture.max()).astype(np.uint8)
+
+
+def render(source, params, height, width=None):
+    out = np.full((3, height, width or height), 77, np.uint8)
+    augment.render_view(source, params, out)
+    return out.transpose(1, 2, 0).astype(np.int64)
+
+
+def whole(source, **changes):
+    return ViewParams(window=(0.0, 0.0, float(source.shape[0]), float(source.shape[1])), **changes)
+
+
+def bicubic_float64(source, window, bounded, height, width):
+    """The separable filter, written out, in float64."""
+
+    def matrix(start, length, low, high, size):
+        scale = length / size
+        stretch = max(scale, 1.0)
+        rows = np.zeros((size, high))
+        for i in range(size):
+            x = np.abs((np.arange(high) + 0.5 - (start + (i + 0.5) * scale)) / stretch)
+            near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+            rows[i] = np.where(x < 1, near, np.where(x < 2, far, 0))
+            rows[i, :low] = 0
+            rows[i] /= rows[i].sum()
+        return rows
+
+    top, left, h, w = window
+    limits_y = (int(top), int(top + h)) if bounded else (0, source.shape[0])
+    limits_x = (int(left), int(left + w)) if bounded else (0, source.shape[1])
+    rows = matrix(top, h, *limits_y, height)
+    columns = matrix(left, w, *limits_x, width)
+    return np.einsum("yi,ijc,xj->yxc", rows, source[: limits_y[1], : limits_x[1]].astype(np.float64), columns)
+
+
+@pytest.mark.parametrize("shape", SIZES)
+@pytest.mark.parametrize("target", [32, 33, 100])
+def test_resize_is_within_2_grey_levels_of_pillow(shape, target):
+    source = photo(*shape)
+    expected = np.asarray(Image.fromarray(source).resize((target, target), Image.BICUBIC)).astype(np.int64)
+    assert np.abs(render(source, whole(source), target) - expected).max() <= 2
+
+
+def test_crop_is_taken_before_resizing():
+    source = photo(120, 200)
+    top, left, height, width = 11, 60, 90, 77
+    crop = Image.fromarray(source[top : top + height, left : left + width])
+    expected = np.asarray(crop.resize((32, 32), Image.BICUBIC)).astype(np.int64)
+    params = ViewParams(window=(float(top), float(left), float(height), float(width)))
+    assert np.abs(render(source, params, 32) - expected).max() <= 2
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (61, 37), (120, 201), (33, 32)])
+def test_centre_view_is_resize_then_centre_crop(shape):
+    source, size = photo(*shape), 32
+    short = min(shape)
+    resized_h, resized_w = int(size * shape[0] / short), int(size * shape[1] / short)
+    resized = np.asarray(Image.fromarray(source).resize((resized_w, resized_h), Image.BICUBIC)).astype(np.int64)
+    top, left = round((resized_h - size) / 2), round((resized_w - size) / 2)
+    expected = resized[top : top + size, left : left + size]
+    assert np.abs(render(source, centre_view(*shape, size), size) - expected).max() <= 2
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_resize_equals_the_float64_filter_on_noise(data):
+    height, width = data.draw(st.integers(1, 50)), data.draw(st.integers(1, 50))
+    h, w = data.draw(st.integers(1, height)), data.draw(st.integers(1, width))
+    top, left = data.draw(st.integers(0, height - h)), data.draw(st.integers(0, width - w))
+    out_h, out_w = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 60))
+    bounded, source = data.draw(st.booleans()), noise(height, width)
+    window = (float(top), float(left), float(h), float(w))
+    expected = bicubic_float64(source, window, bounded, out_h, out_w).clip(0, 255)
+    got = render(source, ViewParams(window=window, bounded=bounded), out_h, out_w)
+    assert np.abs(got - expected).max() <= 0.5 + 1e-3  # half a level of rounding, float32 sums
+
+
+def test_flip_mirrors_left_right():
+    source = photo(40, 61)
+    assert (render(source, whole(source, flip=True), 32) == render(source, whole(source), 32)[:, ::-1]).all()
+
+
+def test_colour_matrix_and_pivot_equal_the_formula():
+    source = photo(32, 32)  # same size: resizing changes nothing
+    matrix = np.array([[0.9, 0.2, -0.1], [0.05, 1.2, 0.0], [-0.2, 0.1, 0.7]])
+    pivot = np.array([0.1, -0.05, 0.2])
+    pixels = source.astype(np.float64)
+    luma = pixels.mean(axis=(0, 1)) @ np.array([0.299, 0.587, 0.114])
+    expected = (pixels @ matrix.T + pivot * luma).clip(0, 255)
+    got = render(source, whole(source, matrix=matrix, pivot=pivot), 32)
+    assert np.abs(got - expected).max() <= 0.5 + 1e-3
+
+
+def test_contrast_is_pillows_up_to_rounding():
+    from PIL import ImageEnhance
+
+    source = photo(32, 32)
+    expected = np.asarray(ImageEnhance.Contrast(Image.fromarray(source)).enhance(1.3)).astype(np.int64)
+    got = render(source, whole(source, matrix=1.3 * np.eye(3), pivot=np.full(3, -0.3)), 32)
+    assert np.abs(got - expected).max() <= 1
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("shape", [(32, 32), (5, 40), (224, 17)])
+def test_blur_equals_cv2(sigma, shape):
+    source = noise(*shape)
+    side = 2 * max(1, int(np.ceil(3 * sigma))) + 1
+    padded = cv2.copyMakeBorder(source.astype(np.float32), side, side, side, side, cv2.BORDER_REFLECT_101)
+    expected = cv2.GaussianBlur(padded, (side, side), sigma)[side:-side, side:-side]
+    assert np.abs(render(source, whole(source, blur_sigma=sigma), *shape) - expected).max() <= 0.5 + 1e-2
+
+
+def test_solarize_inverts_from_the_threshold_on():
+    source = noise(32, 32)
+    pixels = source.astype(np.int64)
+    assert (render(source, whole(source, solarize=128), 32) == np.where(pixels >= 128, 255 - pixels, pixels)).all()
+    assert (render(source, whole(source, solarize=NO_SOLARIZE), 32) == pixels).all()
+
+
+def test_erase_fills_a_rectangle_with_the_mean():
+    source = noise(32, 32)
+    got = render(source, whole(source, erase=(0.25, 0.5, 0.5, 0.25)), 32)
+    expected = source.astype(np.int64)
+    expected[8:24, 16:24] = np.floor(source.mean(axis=(0, 1)) + 0.5)
+    assert (got == expected).all()
+
+
+def test_quarter_turn_is_rot90():
+    source = noise(32, 32)
+    got = render(source, whole(source, warp=(0.0, -1.0, 1.0, 0.0)), 32)
+    assert np.abs(got - np.rot90(source.astype(np.int64))).max() <= 1
+
+
+def test_warp_equals_bilinear_sampling_in_float64():
+    source, angle, size = photo(40, 50), 0.3, 24
+    c, s = np.cos(angle), np.sin(angle)
+    window = (3.0, 5.0, 30.0, 42.0)
+    points = 2  # ceil(30 / 24) and ceil(42 / 24)
+    at = (np.arange(size * points) + 0.5) / (size * points) - 0.5
+    dy, dx = np.meshgrid(at * window[2], at * window[3], indexing="ij")
+    x = (5.0 + 21.0 - 0.5 + c * dx - s * dy).clip(0, 49)
+    y = (3.0 + 15.0 - 0.5 + s * dx + c * dy).clip(0, 39)
+    sampled = cv2.remap(
+        source.astype(np.float32),
+        x.astype(np.float32),
+        y.astype(np.float32),
+        cv2.INTER_LINEAR,
+        borderMode=cv2.BORDER_REPLICATE,
+    )
+    expected = sampled.reshape(size, points, size, points, 3).mean(axis=(1, 3))
+    got = render(source, ViewParams(window=window, warp=(c, -s, s, c)), size)
+    assert np.abs(got - expected).max() <= 1.5  # cv2 rounds coordinates to 1/32 of a pixel
+
+
+@pytest.mark.parametrize(
+    "window", [(-1.0, 0.0, 5.0, 5.0), (0.0, 30.0, 5.0, 5.0), (0.0, 0.0, 0.0, 5.0), (0.0, 0.0, 33.0, 5.0)]
+)
+def test_a_window_outside_the_picture_is_refused(window):
+    with pytest.raises(ValueError, match="window"):
+        render(noise(32, 32), ViewParams(window=window), 8)
+
+
+def test_over_white():
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 11, 4), dtype=np.uint8)
+    alpha = pixels[..., 3:].astype(np.float64) / 255
+    expected = pixels[..., 2::-1] * alpha + 255 * (1 - alpha)
+    assert np.abs(augment.over_white(pixels) - expected).max() <= 0.5 + 1e-9
+
+
+def run_python(code, **environment):
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+
+
+def test_without_numba_only_the_kernel_itself_is_missing():
+    result = run_python(
+        """
+        import sys
+        sys.modules["numba"] = None
+        import rocket_fast.kernels, rocket_fast.image_augment
+        try:
+            import rocket_fast.kernels.augment
+        except ImportError as error:
+            assert "rocket-fast[train]" in str(error), error
+        else:
+            raise SystemExit("imported")
+        """,
+        PATH="/usr/bin:/bin",
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.system
+def test_compiles_where_no_cache_folder_can_be_written(tmp_path):
+    copy = tmp_path / "augment_copy.py"
+    copy.write_text(Path(augment.__file__).read_text())
+    (tmp_path / "__pycache__").write_text("a file where the cache folder would be")
+    (tmp_path / "home").write_text("and no home")
+    result = run_python(
+        f"""
+        import sys
+        sys.path.insert(0, {str(tmp_path)!r})
+        import numpy as np, augment_copy
+        out = augment_copy.over_white(np.zeros((2, 2, 4), np.uint8))
+        assert (out == 255).all()
+        print(type(augment_copy._over_white._cache).__name__)
+        """,
+        HOME=str(tmp_path / "home"),
+        XDG_CACHE_HOME=str(tmp_path / "home"),
+        PATH="/usr/bin:/bin",
+        PYTHONDONTWRITEBYTECODE="1",
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "NullCache"

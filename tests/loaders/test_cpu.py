@@ -1,0 +1,361 @@
+"""The CPU loader: same batches whoever makes them, exact to resume, unmoved by bad data."""
+
+import contextlib
+import io
+import itertools
+import json
+import tarfile
+import threading
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from rocket_fast.loaders.base import BadSampleError, DataConfig
+from rocket_fast.loaders.cpu import CPULoader, decode_image, iter_eval
+
+from rocket_fast.image_augment import ImageAugmentConfig, recipe_augment, strong_view, weak_view
+from rocket_fast.text_augment import TextAugmentConfig
+from rocket_fast.tokenizer import Tokenizer
+
+Image = pytest.importorskip("PIL.Image")
+VIEWS = ImageAugmentConfig(weak=weak_view(12), strong=(strong_view(10), strong_view(10)))
+TOKENIZER = Tokenizer()
+
+
+def encoded(picture, image_format="PNG", **options):
+    picture = picture if hasattr(picture, "save") else Image.fromarray(picture)
+    file = io.BytesIO()
+    picture.save(file, image_format, **options)
+    return file.getvalue()
+
+
+def colours(height=20, width=16, seed=0):
+    small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(small).resize((width, height), Image.BICUBIC))
+
+
+def write_members(path, samples):
+    with tarfile.open(path, "w") as tar:
+        for key, members in samples.items():
+            for kind, content in members.items():
+                info = tarfile.TarInfo(f"{key}.{kind}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture
+def data(tmp_path, write_shard):
+    write_shard(tmp_path / "s0.tar", 50, 0)
+    write_shard(tmp_path / "s1.tar", 37, 1)
+    return DataConfig(train=(f"{tmp_path}/s*.tar",), batch_size=10, workers=2)
+
+
+@contextlib.contextmanager
+def opened(data, image=VIEWS, text=TextAugmentConfig(), **options):  # noqa: B008
+    loader = CPULoader(data, image, text, TOKENIZER, **{"seed": 5, **options})
+    try:
+        yield loader
+    finally:
+        loader.close()
+
+
+def assert_same(one, other):
+    assert one.keys == other.keys
+    assert torch.equal(one.valid, other.valid)
+    for a, b in zip(one.images, other.images, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(one.texts, other.texts, strict=True):
+        assert torch.equal(a.tokens, b.tokens)
+        assert torch.equal(a.lengths, b.lengths)
+
+
+def by_key(batches):
+    return {
+        key: ([image[i] for image in batch.images], [text.padded()[i, : text.lengths[i]] for text in batch.texts])
+        for batch in batches
+        for i, key in enumerate(batch.keys)
+    }
+
+
+def test_batches_have_the_promised_shapes(data):
+    with opened(data) as loader:
+        batches = list(loader)
+    assert len(batches) == len(loader) == 8
+    for batch in batches:
+        assert [image.shape for image in batch.images] == [(10, 3, 12, 12), (10, 3, 10, 10), (10, 3, 10, 10)]
+        assert all(image.dtype == torch.uint8 for image in batch.images)
+        assert [len(text) for text in batch.texts] == [10, 10, 10]
+        assert batch.valid.all()
+    keys = [key for batch in batches for key in batch.keys]
+    assert len(set(keys)) == 80
+    assert loader.samples == 87
+    assert not loader.skipped
+
+
+def test_views_are_different_and_so_are_epochs(data):
+    with opened(replace(data, captions="several")) as loader:
+        first = next(iter(loader))
+        loader.set_epoch(1)
+        other = by_key(loader)
+    assert not torch.equal(first.images[1], first.images[2])
+    for key, (images, _) in by_key([first]).items():
+        if key in other:
+            assert not torch.equal(images[1], other[key][0][1])
+
+
+@pytest.mark.parametrize("captions", ["txt", "several"])
+def test_the_number_of_workers_changes_nothing(data, captions):
+    data = replace(data, captions=captions)
+    with opened(replace(data, workers=1)) as one, opened(replace(data, workers=3, prefetch=5)) as three:
+        for a, b in zip(one, three, strict=True):
+            assert_same(a, b)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_all_ranks_together_give_each_sample_once(data, world_size):
+    data = replace(data, drop_last=False, batch_size=6)
+    keys = Counter()
+    with contextlib.ExitStack() as stack:
+        loaders = [stack.enter_context(opened(data, rank=r, world_size=world_size)) for r in range(world_size)]
+        assert len({len(loader) for loader in loaders}) == 1
+        for batches in zip(*loaders, strict=True):
+            keys.update(k for b in batches for k, valid in zip(b.keys, b.valid.tolist(), strict=True) if valid)
+    assert len(keys) == 87
+    assert set(keys.values()) == {1}
+
+
+def test_augmentation_does_not_depend_on_batch_size_rank_or_order(data):
+    with opened(data) as loader:
+        plain = by_key(loader)
+    others = [(replace(data, batch_size=7), {"rank": 1, "world_size": 2}), (replace(data, shuffle=False), {})]
+    for config, options in others:
+        with opened(config, **options) as loader:
+            for key, (images, texts) in by_key(loader).items():
+                if key in plain:
+                    assert all(map(torch.equal, images, plain[key][0]))
+                    assert all(map(torch.equal, texts, plain[key][1]))
+
+
+@pytest.mark.parametrize("stop", [0, 3, 8])
+def test_resumes_bit_for_bit_from_the_next_batch(data, stop):
+    with opened(data) as loader:
+        loader.set_epoch(2)
+        iterator = iter(loader)
+        for _ in range(stop):
+            next(iterator)
+        state = json.loads(json.dumps(loader.state_dict()))
+        rest = list(iterator)
+        loader.set_epoch(3)
+        following = next(iter(loader))
+    with opened(replace(data, workers=1, prefetch=1)) as resumed:
+        resumed.load_state_dict(state)
+        resumed.set_epoch(2)
+        again = list(resumed)
+        assert len(again) == len(rest) == 8 - stop
+        for a, b in zip(rest, again, strict=True):
+            assert_same(a, b)
+        assert list(resumed) == []
+        resumed.set_epoch(3)
+        assert_same(following, next(iter(resumed)))
+
+
+def test_breaking_off_and_going_on_loses_nothing(data):
+    with opened(data) as loader:
+        expected = [batch.keys for batch in loader]
+    with opened(data) as loader:
+        got = [batch.keys for batch in itertools.islice(loader, 3)]
+        got += [batch.keys for batch in loader]
+    assert got == expected
+
+
+def test_resuming_other_data_or_another_seed_is_refused(data, tmp_path, write_shard):
+    with opened(data) as loader:
+        state = loader.state_dict()
+    with opened(data, seed=6) as loader, pytest.raises(ValueError, match="seed"):
+        loader.load_state_dict(state)
+    write_shard(tmp_path / "s2.tar", 1, 0)
+    with opened(data) as loader, pytest.raises(ValueError, match=r"data\.train"):
+        loader.load_state_dict(state)
+
+
+def test_moving_the_loader_under_an_iterator_is_noticed(data):
+    with opened(data) as loader:
+        iterator = iter(loader)
+        next(iterator)
+        loader.set_epoch(1)
+        with pytest.raises(RuntimeError, match="moved"):
+            next(iterator)
+
+
+def test_without_text_augmentation_all_views_have_the_caption(data):
+    with opened(data, text=None) as loader:
+        batch = next(iter(loader))
+    assert all(torch.equal(text.tokens, batch.texts[0].tokens) for text in batch.texts)
+
+
+def test_several_captions_are_drawn_per_view(tmp_path):
+    picture, captions = encoded(colours()), [f"caption {word}" for word in ("one", "two", "three")]
+    member = json.dumps({"captions": [*captions, "", 7]}).encode()
+    write_members(tmp_path / "s.tar", {str(i): {"png": picture, "json": member} for i in range(30)})
+    data = DataConfig(train=(f"{tmp_path}/s.tar",), batch_size=30, captions="several")
+    with opened(data, text=None) as loader:
+        batch = next(iter(loader))
+    expected = {tuple(ids) for ids in TOKENIZER.encode(captions)}
+    views = [[tuple(row[:n].tolist()) for row, n in zip(t.padded(), t.lengths, strict=True)] for t in batch.texts]
+    assert all(set(view) == expected for view in views)
+    assert views[0] != views[1] != views[2]
+
+
+def bad_samples():
+    good = encoded(colours())
+    return {
+        "truncated": ({"png": good[: len(good) // 2], "txt": b"x"}, "corrupt image"),
+        "jpeg": ({"jpg": encoded(colours(), "JPEG")[:-30], "txt": b"x"}, "corrupt image"),
+        "garbage": ({"webp": b"RIFFnothing", "txt": b"x"}, "corrupt image"),
+        "nothing": ({"png": b"", "txt": b"x"}, "corrupt image"),
+        "huge": ({"png": encoded(np.zeros((100, 100), np.uint8)), "txt": b"x"}, "image over the pixel limit"),
+        "empty": ({"png": good, "txt": b" \n"}, "empty caption"),
+        "latin": ({"png": good, "txt": "caf\xe9".encode("latin-1")}, "caption not UTF-8"),
+        "textless": ({"png": good}, "no caption"),
+        "imageless": ({"txt": b"x"}, "no image"),
+    }
+
+
+def test_bad_samples_are_counted_and_replaced_alike_by_any_number_of_workers(tmp_path):
+    samples, bad = {}, bad_samples()
+    for i, (key, (members, _)) in enumerate(bad.items()):
+        samples[key] = members
+        samples |= {f"good{i}{j}": {"png": encoded(colours(seed=9 * i + j)), "txt": b"a good one"} for j in range(5)}
+    write_members(tmp_path / "s.tar", samples)
+    data = DataConfig(train=(f"{tmp_path}/s.tar",), batch_size=13, pixel_limit=5000, drop_last=False)
+    with opened(replace(data, workers=1)) as one, opened(replace(data, workers=3)) as three:
+        batches = list(one)
+        for a, b in zip(batches, three, strict=True):
+            assert_same(a, b)
+        assert one.skipped == three.skipped == Counter(reason for _, reason in bad.values())
+        assert one.samples == 45 + 7
+    for batch in batches:
+        assert len(set(batch.keys)) == len(batch)  # a substitute is another picture, not a copy beside itself
+        assert all(key.startswith("s/good") for key in batch.keys)
+    valid = [k for batch in batches for k, valid in zip(batch.keys, batch.valid.tolist(), strict=True) if valid]
+    assert sorted(valid) == sorted(f"s/good{i}{j}" for i in range(9) for j in range(5))
+
+
+def test_nothing_but_bad_samples_is_an_error_not_a_hang(tmp_path):
+    write_members(tmp_path / "s.tar", {str(i): {"png": b"\x89PNG\r\n\x1a\nbroken", "txt": b"x"} for i in range(4)})
+    data = DataConfig(train=(f"{tmp_path}/s.tar",), batch_size=2)
+    with opened(data) as loader, pytest.raises(ValueError, match=r"in a row.*corrupt image"):
+        next(iter(loader))
+
+
+def loader_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("rocket-fast")]
+
+
+def test_close_leaves_no_threads(data):
+    with opened(replace(data, workers=3)) as loader:
+        iterator = iter(loader)
+        next(iterator)
+        assert loader_threads()
+    assert not loader_threads()
+    loader.close()
+    with pytest.raises(ValueError, match="closed"):
+        next(iter(loader))
+
+
+def test_an_exception_in_a_thread_arrives_and_leaves_no_threads(data, monkeypatch):
+    class Broken:
+        def encode(self, captions):
+            raise ZeroDivisionError("a bug in the tokenizer")
+
+    loader = CPULoader(data, VIEWS, None, Broken(), seed=0)
+    with pytest.raises(ZeroDivisionError):
+        list(loader)
+    loader.close()
+    assert not loader_threads()
+
+
+@pytest.mark.parametrize(
+    ("image_format", "mode"),
+    [("JPEG", mode) for mode in ("RGB", "L", "CMYK")]
+    + [
+        (image_format, mode) for image_format in ("PNG", "WEBP", "GIF") for mode in ("RGB", "L", "P", "1", "RGBA", "LA")
+    ],
+)
+def test_decodes_what_pillow_decodes(mode, image_format):
+    data = encoded(Image.fromarray(colours(33, 47)).convert(mode), image_format)
+    picture = Image.open(io.BytesIO(data)).convert("RGBA")
+    expected = np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"))
+    got = decode_image(data, 10**6)
+    assert got.flags.c_contiguous
+    assert got.dtype == np.uint8
+    assert np.abs(got.astype(int) - expected).max() <= 1
+
+
+def test_decodes_transparency_sixteen_bits_and_ignores_orientation():
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 14, 4), dtype=np.uint8)
+    alpha = pixels[..., 3:] / 255
+    expected = pixels[..., :3] * alpha + 255 * (1 - alpha)
+    for image_format, options in (("PNG", {}), ("WEBP", {"lossless": True, "exact": True})):
+        got = decode_image(encoded(pixels, image_format, **options), 10**6)
+        assert np.abs(got - expected).max() <= 1
+    deep = np.arange(0, 65536, 512, dtype=np.uint16).reshape(8, 16)
+    assert (decode_image(encoded(Image.fromarray(deep)), 10**6)[..., 0] == deep >> 8).all()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.fromarray(colours(20, 30))
+    for image_format in ("JPEG", "PNG", "WEBP"):
+        assert decode_image(encoded(picture, image_format, exif=exif), 10**6).shape == (20, 30, 3)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_large_pictures_are_refused_and_cut_ones_are_corrupt(image_format):
+    data = encoded(colours(40, 50), image_format)
+    with pytest.raises(BadSampleError, match="pixel limit"):
+        decode_image(data, 40 * 50 - 1)
+    assert decode_image(data, 40 * 50).shape == (40, 50, 3)
+    with pytest.raises(BadSampleError, match="corrupt"):
+        decode_image(data[: len(data) * 2 // 3], 10**6)
+
+
+def test_iter_eval_gives_every_picture_in_order(tmp_path):
+    sizes = [(16, 16), (40, 16), (16, 61), (33, 32), (100, 90)]
+    pictures = [colours(*size, seed=i) for i, size in enumerate(sizes)]
+    samples = {f"{i}": {"png": encoded(p), "txt": f"class {i}".encode()} for i, p in enumerate(pictures)}
+    samples["2"]["json"] = b'{"vendor": "x"}'
+    write_members(tmp_path / "s.tar", samples)
+    batches = list(iter_eval([f"{tmp_path}/s.tar"], 16, 2))
+    assert [len(batch.keys) for batch in batches] == [2, 2, 1]
+    assert [k for batch in batches for k in batch.keys] == [f"s/{i}" for i in range(5)]
+    assert [c for batch in batches for c in batch.captions] == [f"class {i}" for i in range(5)]
+    assert [m for batch in batches for m in batch.metadata] == [{}, {}, {"vendor": "x"}, {}, {}]
+    images = torch.cat([batch.images for batch in batches])
+    assert images.shape == (5, 3, 16, 16)
+    assert images.dtype == torch.uint8
+    assert (images[0].permute(1, 2, 0).numpy() == pictures[0]).all()
+    tall = np.asarray(Image.fromarray(pictures[1]).crop((0, 12, 16, 28)))
+    assert (images[1].permute(1, 2, 0).numpy() == tall).all()
+
+
+def test_iter_eval_leaves_bad_ones_out_and_says_so(tmp_path):
+    good = {"png": encoded(colours()), "txt": b"good"}
+    samples = {"a": good} | {key: members for key, (members, _) in bad_samples().items() if key != "huge"} | {"b": good}
+    write_members(tmp_path / "s.tar", samples)
+    with pytest.warns(UserWarning, match="8 evaluation samples left out.*corrupt image"):
+        keys = [key for batch in iter_eval([f"{tmp_path}/s.tar"], 8, 2) for key in batch.keys]
+    assert keys == ["s/a", "s/b"]
+
+
+def test_closing_iter_eval_leaves_no_threads(data):
+    batches = iter_eval(data.train, 8, 5)
+    next(batches)
+    batches.close()
+    assert not loader_threads()
+
+
+def test_recipe_views_of_a_real_size(data):
+    with opened(replace(data, batch_size=4), image=recipe_augment(64, strong_size=48)) as loader:
+        batch = next(iter(loader))
+    assert [image.shape[-1] for image in batch.images] == [64, 48, 48]

@@ -1,0 +1,105 @@
+"""Patterns, the epoch's order, and its division among processes."""
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rocket_fast.loaders.shards import Cursor, ShardSet, epoch_order, expand_braces, expand_patterns
+
+
+def test_braces():
+    assert expand_braces("a/{008..011}.tar") == ["a/008.tar", "a/009.tar", "a/010.tar", "a/011.tar"]
+    assert expand_braces("{x,y}{1..2}") == ["x1", "x2", "y1", "y2"]
+    assert expand_braces("plain.tar") == ["plain.tar"]
+    for pattern in ("{5..3}.tar", "{x}.tar"):
+        with pytest.raises(ValueError, match=re.escape(pattern)):
+            expand_braces(pattern)
+
+
+def test_patterns_keep_their_order_and_name_what_is_missing(tmp_path):
+    for name in ("b1", "b0", "a0", "c[1]"):
+        (tmp_path / f"{name}.tar").touch()
+    found = expand_patterns([f"{tmp_path}/b*.tar", f"{tmp_path}/a{{0..0}}.tar", f"{tmp_path}/c[1].tar"])
+    assert [path.stem for path, _ in found] == ["b0", "b1", "a0", "c[1]"]
+    assert found[2][1] == f"{tmp_path}/a{{0..0}}.tar"
+    with pytest.raises(ValueError, match=r"b\{0\.\.2\}.*no file .*b2\.tar"):
+        expand_patterns([f"{tmp_path}/b{{0..2}}.tar"])
+    with pytest.raises(ValueError, match=r"nothing-\*"):
+        expand_patterns([f"{tmp_path}/nothing-*.tar"])
+    with pytest.raises(ValueError, match="named again"):
+        expand_patterns([f"{tmp_path}/b*.tar", f"{tmp_path}/b1.tar"])
+
+
+def test_samples_are_numbered_through_all_shards(tmp_path, write_shard):
+    write_shard(tmp_path / "s0.tar", 3, 0)
+    write_shard(tmp_path / "s1.tar", 0, 0)
+    write_shard(tmp_path / "s2.tar", 2, 0)
+    shards = ShardSet([f"{tmp_path}/s*.tar"])
+    keys = [shards.read(i).key for i in range(len(shards))]
+    assert keys == ["s0/00000", "s0/00001", "s0/00002", "s2/00000", "s2/00001"]
+
+
+def test_no_usable_sample_is_an_error(tmp_path, write_shard):
+    write_shard(tmp_path / "empty.tar", 0, 0)
+    with pytest.raises(ValueError, match=r"empty\.tar"):
+        ShardSet([f"{tmp_path}/empty.tar"])
+
+
+def test_epoch_order():
+    order = epoch_order(1000, 3, 1, shuffle=True)
+    assert sorted(order.tolist()) == list(range(1000))
+    assert order.tolist() == epoch_order(1000, 3, 1, shuffle=True).tolist()
+    for other in (epoch_order(1000, 3, 2, shuffle=True), epoch_order(1000, 4, 1, shuffle=True)):
+        assert (order != other).mean() > 0.9
+    assert epoch_order(5, 3, 1, shuffle=False).tolist() == [0, 1, 2, 3, 4]
+
+
+@given(samples=st.integers(1, 200), batch_size=st.integers(1, 9), world_size=st.integers(1, 4), keep=st.booleans())
+def test_every_sample_once_over_all_processes(samples, batch_size, world_size, keep):
+    if not keep and samples < batch_size * world_size:
+        with pytest.raises(ValueError, match="batch_size"):
+            Cursor(samples, batch_size, world_size=world_size)
+        return
+    cursors = [
+        Cursor(samples, batch_size, rank=r, world_size=world_size, drop_last=not keep) for r in range(world_size)
+    ]
+    assert len({cursor.batches for cursor in cursors}) == 1
+    taken = []
+    for number in range(cursors[0].batches):
+        shares = [cursor.places(number) for cursor in cursors]
+        valid = np.array([own.sum() for _, own in shares])
+        assert valid.max() - valid.min() <= 1
+        taken += [place for places, own in shares for place in places[own].tolist()]
+        assert all(len(places) == batch_size and places.max() < samples for places, _ in shares)
+    whole = samples if keep else samples // (batch_size * world_size) * batch_size * world_size
+    assert sorted(taken) == list(range(whole))
+
+
+def test_global_batches_do_not_depend_on_the_split():
+    whole = Cursor(100, 12)
+    parts = [Cursor(100, 4, rank=rank, world_size=3) for rank in range(3)]
+    for number in range(whole.batches):
+        assert whole.places(number)[0].tolist() == [p for part in parts for p in part.places(number)[0].tolist()]
+
+
+def test_a_saved_place_fits_any_split_of_the_global_batch_only():
+    cursor = Cursor(100, 12)
+    cursor.set_epoch(2)
+    cursor.delivered = 3
+    part = Cursor(100, 4, rank=2, world_size=3)
+    part.load_state_dict(cursor.state_dict())
+    assert (part.epoch, part.delivered) == (2, 3)
+    with pytest.raises(ValueError, match="multiple of the global batch 10"):
+        Cursor(100, 10).load_state_dict(cursor.state_dict())
+
+
+def test_set_epoch_restarts_only_when_it_changes():
+    cursor = Cursor(100, 10)
+    cursor.set_epoch(4)
+    cursor.delivered = 3
+    cursor.set_epoch(4)
+    assert cursor.delivered == 3
+    cursor.set_epoch(5)
+    assert cursor.delivered == 0

@@ -1,0 +1,130 @@
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rocket_fast.batch import PackedText
+from rocket_fast.models.text import TextConfig, TextTower, quick_gelu
+
+CONFIG = TextConfig(vocab_size=50, context_length=16, width=12, layers=2, heads=3)
+
+
+def build_tower(config: TextConfig = CONFIG) -> TextTower:
+    torch.manual_seed(0)
+    return TextTower(config).double()
+
+
+def captions(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    return [[48, *torch.randint(1, 48, (length - 2,), generator=generator).tolist(), 49] for length in lengths]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(2, 16), min_size=1, max_size=5))
+def test_neighbours_and_padding_do_not_change_a_caption(lengths):
+    tower, ids = build_tower(), captions(*lengths)
+    together = tower(PackedText.from_ids(ids), strong=False)
+    alone = torch.cat([tower(PackedText.from_ids([caption]), strong=False) for caption in ids])
+    torch.testing.assert_close(together, alone)
+
+
+def test_rows_padded_to_the_context_give_the_same_features():
+    """Padding is cut, whatever ids it has: features equal those of the full-width rows computed in the open."""
+    tower, ids = build_tower(), captions(3, 9, 5)
+    rows = torch.zeros(3, 16, dtype=torch.int64)
+    for row, caption in zip(rows, ids, strict=True):
+        row[: len(caption)] = torch.tensor(caption)
+    x = tower.token_embedding(rows) + tower.positional_embedding
+    for block in tower.blocks:
+        x = block(x)
+    expected = tower.norm(x)[torch.arange(3), torch.tensor([2, 8, 4])]
+    torch.testing.assert_close(tower(PackedText.from_padded(rows), strong=False), expected)
+    torch.testing.assert_close(tower(PackedText.from_ids(ids), strong=False), expected)
+
+
+def test_int32_tokens_are_taken():
+    tower, text = build_tower(), PackedText.from_ids(captions(4, 6))
+    narrow = dataclasses.replace(text, tokens=text.tokens.int())
+    torch.testing.assert_close(tower(narrow, strong=False), tower(text, strong=False))
+
+
+def test_a_caption_longer_than_the_context_is_refused():
+    with pytest.raises(ValueError, match=r"text: got 'a caption of 17 tokens', expected at most context_length = 16"):
+        build_tower()(PackedText.from_ids(captions(17)), strong=False)
+
+
+def test_dropout_acts_on_strong_views_in_training_only():
+    tower = build_tower(dataclasses.replace(CONFIG, dropout=0.5))
+    text = PackedText.from_ids(captions(4, 8))
+    tower.eval()
+    plain = tower(text, strong=False)
+    torch.testing.assert_close(tower(text, strong=True), plain)
+    tower.train()
+    torch.testing.assert_close(tower(text, strong=False), plain)
+    first, second = tower(text, strong=True), tower(text, strong=True)
+    assert not torch.allclose(first, plain)
+    assert not torch.allclose(first, second)
+
+
+def test_dropout_acts_on_each_blocks_input():
+    tower = build_tower(dataclasses.replace(CONFIG, dropout=0.5)).train()
+    zeroed = []
+    for block in tower.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: zeroed.append((inputs[0] == 0).double().mean().item()))
+    tower(PackedText.from_ids(captions(*[16] * 32)), strong=True)
+    assert zeroed == pytest.approx([0.5, 0.5], abs=0.03)
+
+
+def test_checkpointing_changes_no_value_and_no_gradient():
+    text = PackedText.from_ids(captions(4, 8))
+    results = []
+    for checkpointing in (False, True):
+        tower = build_tower(dataclasses.replace(CONFIG, dropout=0.3, checkpointing=checkpointing))
+        torch.manual_seed(1)
+        features = tower(text, strong=True)
+        features.square().sum().backward()
+        results.append([features.detach(), *(parameter.grad for parameter in tower.parameters())])
+    for plain, recomputed in zip(*results, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_gradients_reach_every_parameter():
+    tower = build_tower()
+    tower(PackedText.from_ids(captions(16, 5)), strong=False).pow(3).sum().backward()
+    for name, parameter in tower.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0 or name.endswith("bias"), name
+
+
+def test_initialisation_is_that_of_clip():
+    torch.manual_seed(0)
+    tower = TextTower(TextConfig(vocab_size=500, width=128, layers=3, heads=2))
+    block = tower.blocks[1]
+    expected = {
+        tower.token_embedding.weight: 0.02,
+        tower.positional_embedding: 0.01,
+        block.qkv.weight: 128**-0.5,
+        block.proj.weight: (2 * 3 * 128) ** -0.5,
+        block.fc1.weight: (2 * 128) ** -0.5,
+        block.fc2.weight: (2 * 3 * 128) ** -0.5,
+    }
+    for weight, std in expected.items():
+        assert weight.std().item() == pytest.approx(std, rel=0.05)
+    assert block.qkv.bias.abs().max() == 0
+    assert block.proj.bias.abs().max() == 0
+
+
+def test_quick_gelu():
+    x = torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64)
+    torch.testing.assert_close(quick_gelu(x), x / (1 + torch.exp(-1.702 * x)))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("vocab_size", 0), ("context_length", 0), ("width", 13), ("layers", 0), ("heads", 0), ("dropout", 1.0)],
+)
+def test_bad_fields_are_named(field, value):
+    with pytest.raises(ValueError, match=rf"text\.{field}: got {value}"):
+        dataclasses.replace(CONFIG, **{field: value})

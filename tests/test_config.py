@@ -1,0 +1,80 @@
+"""Configuration trees: JSON there and back, damage named by its place, differences told leaf by leaf."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rocket_fast.config import (
+    EvalConfig,
+    EvalSet,
+    LoopConfig,
+    differences,
+    from_plain,
+    load_config,
+    provenance,
+    to_plain,
+)
+from rocket_fast.presets import preset
+
+
+def test_types_come_back_as_they_were():
+    config = replace(preset("demo"), out=Path("elsewhere"), seed=3)
+    back = from_plain(to_plain(config))
+    assert back == config
+    assert isinstance(back.out, Path)
+    assert isinstance(back.data.train, tuple)
+    assert type(back.model.vision) is type(config.model.vision)
+
+
+def test_unknown_and_wrong_fields_are_named_by_their_place():
+    plain = to_plain(preset("demo"))
+    wrong = copy.deepcopy(plain)
+    wrong["optim"]["learning_rate"] = 1
+    with pytest.raises(ValueError, match=r"config.optim: got \['learning_rate'\], expected only fields of OptimConfig"):
+        from_plain(wrong)
+    wrong = copy.deepcopy(plain)
+    wrong["model"]["vision"]["class"] = "SwinConfig"
+    with pytest.raises(ValueError, match=r"config.model.vision.class: got 'SwinConfig', expected one of"):
+        from_plain(wrong)
+    wrong = copy.deepcopy(plain)
+    wrong["optim"]["lr"] = -1
+    with pytest.raises(ValueError, match=r"optim.lr: got -1, expected a positive number"):
+        from_plain(wrong)
+
+
+def test_differences_name_each_leaf_once():
+    old = preset("demo")
+    new = replace(old, optim=replace(old.optim, lr=1e-4), loop=replace(old.loop, threads=1))
+    assert differences(old, new) == [f"optim.lr: {old.optim.lr} -> 0.0001", f"loop.threads: {old.loop.threads} -> 1"]
+    assert differences(old, old) == []
+
+
+def test_a_folder_without_a_run_is_named(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"run: got .*expected a run's folder"):
+        load_config(tmp_path)
+
+
+def test_provenance_says_what_ran():
+    record = provenance()
+    assert record["versions"]["torch"]
+    assert record["command"]
+    assert record["rocket_fast"]
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: LoopConfig(epochs=0), "loop.epochs: got 0"),
+        (lambda: LoopConfig(weight_average=1.0), "loop.weight_average: got 1.0"),
+        (lambda: LoopConfig(keep_checkpoints=0), "loop.keep_checkpoints: got 0"),
+        (lambda: EvalSet(name="x", shards=()), "shards of evaluation set x: got"),
+        (lambda: EvalSet(name="x", shards=("a",), templates=("a photo",)), "template of x: got 'a photo'"),
+        (lambda: EvalConfig(z_weight=2), "eval.z_weight: got 2"),
+        (lambda: replace(preset("demo"), name="a/b"), "name: got 'a/b'"),
+    ],
+)
+def test_bad_values_are_named(build, message: str):
+    with pytest.raises(ValueError, match=message):
+        build()

@@ -1,0 +1,239 @@
+"""The loop: it learns, stops, continues bit for bit, and tells what went wrong. Real files, processes and signals."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rocket_fast.checkpoint import CheckpointFolder, load_checkpoint
+from rocket_fast.config import TrainConfig, to_plain
+from rocket_fast.image_augment import plain_augment
+from rocket_fast.models.heads import BarLIPConfig, BYOLIPConfig, SiamLIPConfig, SwALIPConfig, SwALIPPrototypesConfig
+from rocket_fast.trainer import Interrupted, NonFiniteLoss, Trainer, train
+
+RUN = """
+import json, sys
+from rocket_fast.config import from_plain
+from rocket_fast.__main__ import main
+from rocket_fast import trainer, presets
+presets.PRESETS["tiny"] = lambda: from_plain(json.load(open(sys.argv[1])))
+sys.exit(main(["train", "--preset", "tiny"]))
+"""
+
+
+def final_state(config: TrainConfig) -> dict:
+    state = CheckpointFolder(config.folder / "checkpoints", keep=9).load_latest()
+    assert state is not None
+    return state
+
+
+def assert_same_state(one: dict, other: dict) -> None:
+    assert one["step"] == other["step"]
+    for part in ("model", "average"):
+        if one[part] is not None:
+            torch.testing.assert_close(one[part], other[part], rtol=0, atol=0)
+    torch.testing.assert_close(one["optimizer"]["state"], other["optimizer"]["state"], rtol=0, atol=0)
+    assert one["loader"] == other["loader"]
+
+
+def records(config: TrainConfig) -> list[dict]:
+    return [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_trains_evaluates_and_leaves_a_full_record(tiny_config: TrainConfig):
+    config = replace(tiny_config, loop=replace(tiny_config.loop, epochs=12))
+    result = train(config)
+    assert result.step == 72
+    steps = [r for r in records(config) if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 73))
+    assert steps[-1]["loss"] < 0.8 * steps[0]["loss"]
+    assert {"lr", "images_per_s", "data_wait", "logit_scale", "h_logit_scale", "clip_acc", "skipped"} <= set(steps[0])
+    (test,) = result.results
+    assert test.accuracy.top1[0.5] > 3 * test.chance
+    for name in ("config.json", "run.jsonl", "eval.json", "captions-test.png", "checkpoints/best.pt"):
+        assert (config.folder / name).stat().st_size > 0, name
+    assert len(list((config.folder / "checkpoints").glob("step-*.pt"))) == config.loop.keep_checkpoints
+
+
+@pytest.mark.parametrize("weight_average", [None, 0.9])
+def test_resuming_from_the_middle_of_an_epoch_is_bit_exact(tiny_config: TrainConfig, weight_average: float | None):
+    tiny_config = replace(tiny_config, loop=replace(tiny_config.loop, weight_average=weight_average))
+    whole = replace(tiny_config, name="whole")
+    train(whole)
+    parts = replace(tiny_config, name="parts")
+    for max_steps in (3, 4, 9, None):
+        train(replace(parts, loop=replace(parts.loop, max_steps=max_steps)))
+    assert_same_state(final_state(whole), final_state(parts))
+    losses = [[r["loss"] for r in records(config) if "loss" in r] for config in (whole, parts)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    "companion",
+    [
+        SiamLIPConfig(hidden=24, out=8, predictor_hidden=24, separate_local=True),
+        BYOLIPConfig(hidden=24, out=8, predictor_hidden=24),
+        BarLIPConfig(hidden=24, out=12),
+        SwALIPConfig(),
+        SwALIPPrototypesConfig(hidden=24, out=8, prototypes=20, freeze_steps=2),
+    ],
+    ids=lambda companion: type(companion).__name__,
+)
+def test_every_companion_trains_and_resumes(tiny_config: TrainConfig, companion):
+    if isinstance(companion, SwALIPPrototypesConfig):
+        model = replace(tiny_config.model, h_head=None, companion=companion)
+        tiny_config = replace(tiny_config, image=plain_augment(16), model=model)
+    config = replace(tiny_config, model=replace(tiny_config.model, companion=companion))
+    whole, parts = replace(config, name="whole"), replace(config, name="parts")
+    train(whole)
+    train(replace(parts, loop=replace(parts.loop, max_steps=5)))
+    train(parts)
+    assert_same_state(final_state(whole), final_state(parts))
+    losses = [r["loss"] for r in records(whole) if "loss" in r]
+    assert losses[-1] < losses[0]
+
+
+def test_frozen_prototypes_do_not_move(tiny_config: TrainConfig):
+    companion = SwALIPPrototypesConfig(hidden=24, out=8, prototypes=20, freeze_steps=3)
+    model = replace(tiny_config.model, h_head=None, companion=companion)
+    config = replace(tiny_config, image=plain_augment(16), model=model)
+    trainer = Trainer(config)
+    start = trainer.model.companion.image_prototypes.direction.detach().clone()
+    moved = []
+    for batch in trainer.loader:
+        trainer.train_step(batch)
+        moved.append(not torch.equal(trainer.model.companion.image_prototypes.direction, start))
+    trainer.close()
+    assert moved == [False] * 3 + [True] * 3
+
+
+def test_a_non_finite_loss_stops_with_a_dump_and_keeps_the_weights(tiny_config: TrainConfig, monkeypatch):
+    config = replace(tiny_config, loop=replace(tiny_config.loop, log_every=3, checkpoint_every=1))
+    trainer = Trainer(config)
+    weights: dict[int, dict] = {}
+    real_step = trainer.train_step
+
+    def poisoned(batch):
+        weights[trainer.step] = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        handle = None
+        if trainer.step == 4:
+            handle = trainer.model.image_z.register_forward_hook(lambda module, args, out: out * float("nan"))
+        output = real_step(batch)
+        if handle is not None:
+            handle.remove()
+        return output
+
+    monkeypatch.setattr(trainer, "train_step", poisoned)
+    stop = type("Stop", (), {"requested": False, "signum": 0})()
+    with pytest.raises(NonFiniteLoss, match=r"not finite at step 4.*nonfinite-rank0.json"):
+        trainer.fit(stop)
+    trainer.close()
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, weights[4][name]), name
+    dump = json.loads((config.folder / "nonfinite-rank0.json").read_text())
+    assert dump["step"] == 4
+    assert len(dump["keys"]) == 16
+    assert [path.name for path in trainer.checkpoints.step_paths()] == ["step-00000003.pt", "step-00000004.pt"]
+
+
+def test_another_configuration_in_the_same_folder_is_refused(tiny_config: TrainConfig):
+    train(replace(tiny_config, loop=replace(tiny_config.loop, max_steps=1)))
+    with pytest.raises(ValueError, match=r"optim.lr: 0.003 -> 0.001"):
+        train(replace(tiny_config, optim=replace(tiny_config.optim, lr=1e-3)))
+    with pytest.raises(ValueError, match="a folder without a run in it"):
+        train(tiny_config, resume=False)
+    train(
+        replace(
+            tiny_config,
+            loop=replace(tiny_config.loop, log_every=7, threads=2),
+            data=replace(tiny_config.data, workers=1),
+        )
+    )
+
+
+def test_a_finished_run_is_evaluated_again_and_not_trained(tiny_config: TrainConfig):
+    first = train(tiny_config)
+    before = final_state(tiny_config)
+    again = train(tiny_config)
+    assert_same_state(before, final_state(tiny_config))
+    assert again.results == first.results
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_stop_and_the_run_continues_bit_for_bit(tiny_config: TrainConfig, signum: int, monkeypatch):
+    whole = replace(tiny_config, name="whole")
+    train(whole)
+    real_step = Trainer.train_step
+
+    def interrupted(self, batch):
+        output = real_step(self, batch)
+        if self.step == 7:
+            os.kill(os.getpid(), signum)
+        return output
+
+    config = replace(tiny_config, name="stopped")
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="saved at step 7") as caught:
+        train(config)
+    assert caught.value.signum == signum
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert final_state(config)["step"] == 7
+    monkeypatch.setattr(Trainer, "train_step", real_step)
+    train(config)
+    assert_same_state(final_state(whole), final_state(config))
+
+
+@pytest.mark.system
+@pytest.mark.slow
+def test_killed_at_random_steps_the_run_ends_with_the_same_weights(tiny_config: TrainConfig, tmp_path: Path):
+    loop = replace(tiny_config.loop, epochs=6, checkpoint_every=3)
+    whole, killed = (replace(tiny_config, name=name, loop=loop) for name in ("whole", "killed"))
+    train(whole)
+    description = tmp_path / "killed.json"
+    description.write_text(json.dumps(to_plain(killed)))
+    rng = random.Random(time.time_ns())
+    command = [sys.executable, "-c", RUN, str(description)]
+    kills = [rng.randrange(2, 18), rng.randrange(18, 34)]
+    for at_step in kills:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and _last_step(killed) < at_step:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert process.returncode == -signal.SIGKILL, (kills, process.stderr.read())
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert_same_state(final_state(whole), final_state(killed))
+    assert [r["step"] for r in records(killed) if "loss" in r] == list(range(1, 37)), kills
+
+
+def _last_step(config: TrainConfig) -> int:
+    with contextlib.suppress(OSError, ValueError, IndexError, KeyError):
+        return json.loads((config.folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    return 0
+
+
+@pytest.mark.system
+def test_an_interrupted_command_exits_with_128_plus_the_signal(tiny_config: TrainConfig, tmp_path: Path):
+    config = replace(tiny_config, loop=replace(tiny_config.loop, epochs=500, checkpoint_every=10_000))
+    description = tmp_path / "run.json"
+    description.write_text(json.dumps(to_plain(config)))
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN, str(description)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and _last_step(config) < 3:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert "stopped and saved at step" in errors
+    assert load_checkpoint(CheckpointFolder(config.folder / "checkpoints", keep=1).step_paths()[-1])["step"] >= 3
