@@ -36,6 +36,7 @@ from rocket_fast.loaders.emoji_sources import (
 )
 
 from rocket_fast.errors import optional_import, require
+from rocket_fast.files import write_atomically
 
 HELDOUT_FRACTION = 0.1
 VAL_FRACTION = 0.1
@@ -286,10 +287,7 @@ def _finished_shards(state: Path, fingerprint: str, folder: Path) -> dict[str, s
 
 
 def _write_bytes(path: Path, content: bytes) -> None:
-    """Write beside and rename, so that a reader or an interruption never sees half a file."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def _write_text(path: Path, text: str) -> None:

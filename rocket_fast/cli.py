@@ -1,4 +1,4 @@
-"""The commands: options are the configuration's own fields, their help the fields' docstrings (the parser is tyro's)."""
+"""The commands: options are the configuration's own fields, their help the fields' docstrings (parsed by tyro)."""
 
 from __future__ import annotations
 

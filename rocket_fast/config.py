@@ -94,9 +94,9 @@ class EvalConfig:
     batch_size: int = 512
     """Pictures encoded at once."""
     z_weight: float = 0.5
-    """Weight w of head z in the reported score w cos(z) + (1 - w) cos(h); all of 0, 0.1 ... 1 are written to the file."""
+    """Weight w of head z in the reported score w cos(z) + (1 - w) cos(h); eval.json has all of 0, 0.1 ... 1."""
     pixel_baseline: bool = False
-    """Also classify by the nearest neighbour on 16 x 16 pixels (for data that fits in memory)."""
+    """Also classify by the nearest neighbour on 16 x 16 pixels (data must fit in memory)."""
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "eval.batch_size", self.batch_size, "a number >= 1")

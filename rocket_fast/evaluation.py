@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rocket_fast.checkpoint import write_atomically
 from rocket_fast.config import EvalConfig, EvalSet, TrainConfig
 from rocket_fast.errors import optional_import
+from rocket_fast.files import write_atomically
 from rocket_fast.loaders.cpu import iter_eval
 from rocket_fast.models.clip import DualEncoder
 from rocket_fast.retrieval import captions_picture, distinct_rows, recall_at_1

@@ -17,7 +17,7 @@ TYPICAL_TOKENS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Parameters, and forward FLOPs (2 per multiply-add) of one sample in all its views; training takes 3 times that."""
+    """Parameters, and forward FLOPs (2 per multiply-add) of one sample in all its views; training takes thrice that."""
 
     image_parameters: int
     text_parameters: int

@@ -214,7 +214,7 @@ def debug() -> TrainConfig:
         data=replace(base.data, train=("data/emoji/val-*.tar",), batch_size=64),
         model=replace(
             base.model,
-            vision=ConvStemViTConfig(stem_widths=(8, 16, 32), width=32, layers=1),
+            vision=ConvStemViTConfig(stem_widths=(8, 16, 32), stem_blocks=(0, 0, 1), width=32, layers=1),
             text=TextConfig(width=32, layers=1, heads=2, context_length=32),
             embed_dim=32,
             h_head=MLPHeadConfig(hidden=64),

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rocket_fast.checkpoint import write_atomically
 from rocket_fast.errors import optional_import
+from rocket_fast.files import write_atomically
 from rocket_fast.zeroshot import Encoded, similarity
 
 

@@ -73,7 +73,7 @@ def _load_table() -> dict[str, str]:
     return {word: lemmas for word, _, lemmas in (line.partition("\t") for line in lines)}
 
 
-@functools.lru_cache(maxsize=1 << 16)
+@functools.lru_cache(maxsize=1 << 17)
 def synonyms(word: str) -> tuple[str, ...]:
     """Lemmas that share a WordNet synset with ``word`` or with its base form, sorted; none for stop words.
 

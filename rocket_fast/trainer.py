@@ -26,11 +26,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rocket_fast.batch import Batch, LossOutput
-from rocket_fast.checkpoint import CheckpointFolder, load_checkpoint, write_atomically
+from rocket_fast.checkpoint import CheckpointFolder, load_checkpoint
 from rocket_fast.config import Precision, TrainConfig, differences, load_config, provenance, to_plain
 from rocket_fast.distributed import is_main, rank, world_size
 from rocket_fast.errors import InvalidArgument, optional_import, require
 from rocket_fast.evaluation import Evaluator, SetResult, result_table
+from rocket_fast.files import write_atomically
 from rocket_fast.image_augment import normalize
 from rocket_fast.loaders.cpu import CPULoader
 from rocket_fast.losses import build_loss

@@ -80,7 +80,9 @@ def tiny_config(tmp_path: Path, write_shard: Callable[[Path, int, int], None]) -
         image=recipe_augment(size=16),
         text=TextAugmentConfig(),
         model=CLIPConfig(
-            vision=ConvStemViTConfig(image_size=16, stem_widths=(8, 16), width=16, layers=1, heads=2),
+            vision=ConvStemViTConfig(
+                image_size=16, stem_widths=(8, 16), stem_blocks=(0, 1), width=16, layers=1, heads=2
+            ),
             text=TextConfig(width=16, layers=1, heads=2, context_length=16, dropout=0.1),
             embed_dim=16,
             h_head=MLPHeadConfig(hidden=32),

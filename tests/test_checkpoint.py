@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rocket_fast.checkpoint import CheckpointFolder, load_checkpoint, write_atomically
+from rocket_fast.checkpoint import CheckpointFolder, load_checkpoint
+from rocket_fast.files import write_atomically
 
 
 def state(step: int) -> dict:

@@ -137,6 +137,17 @@ def test_jitter_is_brightness_contrast_saturation_hue():
     assert not np.allclose(contrast.pivot, 0)
 
 
+def test_contrast_pivots_on_the_mean_of_the_brightened_picture():
+    """bc x + (1 - c) b mean: matrix and pivot add up to b, and their ratio gives c, each within its own limits."""
+    view = ViewConfig(jitter=(0.4, 0.4, 0.0, 0.0), jitter_prob=1.0)
+    drawn = [draw(view, 8, 8, generator(seed)) for seed in range(500)]
+    brightness = np.array([p.matrix[0, 0] + p.pivot[0] for p in drawn])
+    contrast = np.array([p.matrix[0, 0] for p in drawn]) / brightness
+    for factor in (brightness, contrast):
+        assert 0.6 <= factor.min() < 0.62
+        assert 1.38 < factor.max() <= 1.4
+
+
 def test_saturation_and_hue_keep_luma_and_greys():
     params = draw(ViewConfig(jitter=(0.0, 0.0, 0.4, 0.1), jitter_prob=1.0), 8, 8, generator(1))
     assert np.allclose(params.matrix.sum(axis=1), 1)

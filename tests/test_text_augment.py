@@ -155,6 +155,11 @@ def test_one_word_or_none(caption: str) -> None:
     assert augment_weak(caption, config, philox(0)) == caption.strip()
 
 
+def test_an_edit_that_leaves_no_words_is_undone() -> None:
+    assert augment_weak("the of a", only(identity=1.0, stopword_prob=1.0), philox(0)) == "the of a"
+    assert augment_strong("two dogs", only(deletion=1.0, deletion_word_prob=1.0), philox(0)) == "two dogs"
+
+
 def test_keys_and_counters_give_other_words() -> None:
     config = TextAugmentConfig()
     assert len({augment_strong(CAPTION, config, philox(key)) for key in range(50)}) > 20

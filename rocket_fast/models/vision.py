@@ -59,9 +59,9 @@ class ConvStemViTConfig:
     image_size: int = 32
     """Side of the square pictures, in pixels."""
     stem_widths: tuple[int, ...] = (64, 128, 256)
-    """Channels of each stage of the CNN; every stage but the first halves the resolution."""
-    stem_blocks: int = 1
-    """Residual blocks in each stage."""
+    """Channels of each stage of the CNN; every stage begins with a convolution that halves the resolution."""
+    stem_blocks: tuple[int, ...] = (1, 1, 1)
+    """Residual blocks in each stage, after that convolution."""
     width: int = 256
     """Width of the tokens and of the features."""
     layers: int = 0
@@ -74,10 +74,12 @@ class ConvStemViTConfig:
     def __post_init__(self) -> None:
         widths_fit = len(self.stem_widths) >= 1 and all(width >= 1 for width in self.stem_widths)
         require(widths_fit, "vision.stem_widths", self.stem_widths, "one or more numbers >= 1")
-        stride = 2 ** (len(self.stem_widths) - 1)
+        stride = 2 ** len(self.stem_widths)
         fits = self.image_size >= 1 and self.image_size % stride == 0
         require(fits, "vision.image_size", self.image_size, f"a positive multiple of the stem's stride, {stride}")
-        require(self.stem_blocks >= 1, "vision.stem_blocks", self.stem_blocks, "a number >= 1")
+        blocks_fit = len(self.stem_blocks) == len(self.stem_widths) and all(blocks >= 0 for blocks in self.stem_blocks)
+        expected = f"one number >= 0 for each of the {len(self.stem_widths)} stages"
+        require(blocks_fit, "vision.stem_blocks", self.stem_blocks, expected)
         require(self.layers >= 0, "vision.layers", self.layers, "a number >= 0")
         _require_heads(self.width, self.heads)
         require(self.mlp_ratio > 0, "vision.mlp_ratio", self.mlp_ratio, "a positive number")
@@ -160,7 +162,7 @@ class ConvStemViT(VisionTower):
     def __init__(self, config: ConvStemViTConfig) -> None:
         super().__init__()
         self.config, self.width = config, config.width
-        side = config.image_size // 2 ** (len(config.stem_widths) - 1)
+        side = config.image_size // 2 ** len(config.stem_widths)
         self.stem = _residual_stem(config.stem_widths, config.stem_blocks)
         stem_width = config.stem_widths[-1]
         self.to_tokens = nn.Identity() if stem_width == config.width else nn.Conv2d(stem_width, config.width, 1)
@@ -169,10 +171,12 @@ class ConvStemViT(VisionTower):
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
         if self.pos_embed is not None:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.to(memory_format=torch.channels_last)  # what CPUs' and GPUs' fast convolutions work on
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         """Features (B, D). Raises ``ValueError`` where the pictures have another size than the configuration's."""
         _require_size(image_BCHW, self.config.image_size)
+        image_BCHW = image_BCHW.contiguous(memory_format=torch.channels_last)
         x_BLD = self.to_tokens(self.stem(image_BCHW)).flatten(2).transpose(1, 2)
         if self.pos_embed is not None:
             x_BLD = x_BLD + self.pos_embed
@@ -195,44 +199,35 @@ class TimmTower(VisionTower):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with norms beside a shortcut (He et al. 2016); the first may halve the resolution."""
+    """Two 3x3 convolutions with batch norms beside an identity shortcut (He et al. 2016)."""
 
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv1 = _conv(channels_in, channels, size=3, stride=stride)
-        self.norm1 = _stem_norm(channels)
-        self.conv2 = _conv(channels, channels, size=3)
-        self.norm2 = _stem_norm(channels)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or channels_in != channels:
-            self.shortcut = nn.Sequential(_conv(channels_in, channels, size=1, stride=stride), _stem_norm(channels))
+        self.conv1 = _conv(channels, channels)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv2 = _conv(channels, channels)
+        self.norm2 = nn.BatchNorm2d(channels)
         nn.init.zeros_(self.norm2.weight)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C', H / stride, W / stride)."""
+        """(B, C, H, W) to the same shape."""
         branch_BCHW = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x_BCHW)))))
-        return F.relu(self.shortcut(x_BCHW) + branch_BCHW)
+        return F.relu(x_BCHW + branch_BCHW)
 
 
-def _residual_stem(widths: tuple[int, ...], blocks: int) -> nn.Sequential:
-    """A 3x3 convolution at full resolution, then one stage of residual blocks a width."""
+def _residual_stem(widths: tuple[int, ...], blocks: tuple[int, ...]) -> nn.Sequential:
+    """A stage a width: a convolution that halves the resolution, batch norm, ReLU, then residual blocks."""
     stages: OrderedDict[str, nn.Module] = OrderedDict()
-    stages["conv"], stages["norm"], stages["relu"] = _conv(3, widths[0], size=3), _stem_norm(widths[0]), nn.ReLU()
-    for stage, (width_in, width) in enumerate(pairwise((widths[0], *widths))):
-        first = ResidualBlock(width_in, width, stride=1 if stage == 0 else 2)
-        rest = [ResidualBlock(width, width, stride=1) for _ in range(blocks - 1)]
-        stages[f"stage{stage}"] = nn.Sequential(first, *rest)
+    for number, ((width_in, width), count) in enumerate(zip(pairwise((3, *widths)), blocks, strict=True)):
+        down = [_conv(width_in, width, stride=2), nn.BatchNorm2d(width), nn.ReLU()]
+        stages[f"stage{number}"] = nn.Sequential(*down, *(ResidualBlock(width) for _ in range(count)))
     return nn.Sequential(stages)
 
 
-def _conv(channels_in: int, channels: int, *, size: int, stride: int = 1) -> nn.Conv2d:
-    conv = nn.Conv2d(channels_in, channels, size, stride=stride, padding=size // 2, bias=False)
+def _conv(channels_in: int, channels: int, *, stride: int = 1) -> nn.Conv2d:
+    conv = nn.Conv2d(channels_in, channels, 3, stride=stride, padding=1, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv
-
-
-def _stem_norm(channels: int) -> nn.BatchNorm2d:
-    return nn.BatchNorm2d(channels)
 
 
 def _transformer(width: int, layers: int, heads: int, mlp_ratio: float) -> nn.ModuleList:

@@ -113,6 +113,7 @@ def named(embeddings: Embeddings, features: dict[str, list[Tensor]]) -> dict[str
 
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_are_those_of_the_original(case):
+    """To 1e-5 absolute plus 1e-5 relative; the fixture itself is up to 1.8e-5 from float64, behind BarLIP's norms."""
     model = reference_model(case).train()
     features: dict[str, list[Tensor]] = {"image": [], "text": []}
     model.visual.register_forward_hook(lambda *call: features["image"].append(call[2]))
@@ -168,7 +169,7 @@ def test_names_of_a_distributed_checkpoint():
 def test_unknown_names_are_refused_by_name():
     with pytest.raises(ValueError, match=r"state: got \['queue', 'queue_ptr'\]"):
         from_clip_rocket({"queue": torch.zeros(1), "queue_ptr": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"model: got \['visual\.stem\.conv\.weight', "):
+    with pytest.raises(ValueError, match=r"model: got \['visual\.stem\.stage0\.0\.weight', "):
         to_clip_rocket(meta_model(CLIPConfig(vision=ConvStemViTConfig(), text=TEXT)))
 
 

@@ -172,9 +172,10 @@ def test_warp_equals_bilinear_sampling_in_float64():
     source, angle, size = photo(40, 50), 0.3, 24
     c, s = np.cos(angle), np.sin(angle)
     window = (3.0, 5.0, 30.0, 42.0)
-    points = 2  # ceil(30 / 24) and ceil(42 / 24)
-    at = (np.arange(size * points) + 0.5) / (size * points) - 0.5
-    dy, dx = np.meshgrid(at * window[2], at * window[3], indexing="ij")
+    points_y, points_x = 1, 2  # 30 / 24 and 42 / 24 source pixels a view pixel, at most 1.5 between points
+    at_y = (np.arange(size * points_y) + 0.5) / (size * points_y) - 0.5
+    at_x = (np.arange(size * points_x) + 0.5) / (size * points_x) - 0.5
+    dy, dx = np.meshgrid(at_y * window[2], at_x * window[3], indexing="ij")
     x = (5.0 + 21.0 - 0.5 + c * dx - s * dy).clip(0, 49)
     y = (3.0 + 15.0 - 0.5 + s * dx + c * dy).clip(0, 39)
     sampled = cv2.remap(
@@ -184,7 +185,7 @@ def test_warp_equals_bilinear_sampling_in_float64():
         cv2.INTER_LINEAR,
         borderMode=cv2.BORDER_REPLICATE,
     )
-    expected = sampled.reshape(size, points, size, points, 3).mean(axis=(1, 3))
+    expected = sampled.reshape(size, points_y, size, points_x, 3).mean(axis=(1, 3))
     got = render(source, ViewParams(window=window, warp=(c, -s, s, c)), size)
     assert np.abs(got - expected).max() <= 1.5  # cv2 rounds coordinates to 1/32 of a pixel
 

@@ -246,12 +246,12 @@ def test_byolip_targets_are_the_averaged_encoders_without_gradient():
 
 
 def test_momentum_encoders_batch_norm_follows_its_own_views():
-    vision = ConvStemViTConfig(image_size=16, stem_widths=(4,), width=12, layers=0, heads=1)
+    vision = ConvStemViTConfig(image_size=16, stem_widths=(4,), stem_blocks=(1,), width=12, layers=0, heads=1)
     model = byolip(vision=vision)
     model(*views(3))
     online, target = model.visual.state_dict(), model.momentum.visual.state_dict()
-    assert target["stem.norm.num_batches_tracked"] == 3
-    torch.testing.assert_close(target["stem.norm.running_mean"], online["stem.norm.running_mean"])
+    assert target["stem.stage0.1.num_batches_tracked"] == 3
+    torch.testing.assert_close(target["stem.stage0.1.running_mean"], online["stem.stage0.1.running_mean"])
 
 
 def test_freezing_takes_prototype_gradients_only():

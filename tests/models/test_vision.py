@@ -9,7 +9,7 @@ from rocket_fast.models import vision
 from rocket_fast.models.vision import ConvStemViTConfig, TimmConfig, ViTConfig, build_vision
 
 VIT = ViTConfig(image_size=24, patch_size=8, width=12, layers=2, heads=3)
-CONV = ConvStemViTConfig(image_size=16, stem_widths=(4, 6), stem_blocks=2, width=12, layers=2, heads=3)
+CONV = ConvStemViTConfig(image_size=16, stem_widths=(4, 6), stem_blocks=(2, 1), width=12, layers=2, heads=3)
 
 
 def pictures(size: int, count: int = 3) -> torch.Tensor:
@@ -20,8 +20,8 @@ CONV_VARIANTS = [
     CONV,
     dataclasses.replace(CONV, layers=0),
     dataclasses.replace(CONV, layers=0, width=6),
-    dataclasses.replace(CONV, stem_widths=(5,), stem_blocks=1),
-    dataclasses.replace(CONV, stem_widths=(4, 5, 6, 7)),
+    dataclasses.replace(CONV, stem_widths=(5,), stem_blocks=(1,)),
+    dataclasses.replace(CONV, stem_widths=(4, 5, 6, 7), stem_blocks=(0, 0, 1, 0)),
 ]
 
 
@@ -56,14 +56,14 @@ def test_pictures_of_another_size_are_refused(config):
 
 
 def test_stages_halve_the_resolution():
-    tower = build_vision(dataclasses.replace(CONV, image_size=32, stem_widths=(4, 5, 6)))
+    tower = build_vision(dataclasses.replace(CONV, image_size=32, stem_widths=(4, 5, 6), stem_blocks=(0, 1, 2)))
     shapes = []
-    for name, module in tower.stem.named_children():
-        if name.startswith("stage"):
-            module.register_forward_hook(lambda *call: shapes.append(tuple(call[2].shape[1:])))
+    for stage in tower.stem:
+        stage.register_forward_hook(lambda *call: shapes.append(tuple(call[2].shape[1:])))
     tower(pictures(32))
-    assert shapes == [(4, 32, 32), (5, 16, 16), (6, 8, 8)]
-    assert [len(stage) for name, stage in tower.stem.named_children() if name.startswith("stage")] == [2, 2, 2]
+    assert shapes == [(4, 16, 16), (5, 8, 8), (6, 4, 4)]
+    blocks = [sum(isinstance(part, vision.ResidualBlock) for part in stage) for stage in tower.stem]
+    assert blocks == [0, 1, 2]
 
 
 def test_batch_norm_is_per_call_and_a_vit_has_none():
@@ -149,7 +149,7 @@ def test_missing_timm_names_the_extra(monkeypatch):
         (VIT, "mlp_ratio", 0.0),
         (CONV, "image_size", 15),
         (CONV, "stem_widths", ()),
-        (CONV, "stem_blocks", 0),
+        (CONV, "stem_blocks", (1,)),
         (CONV, "layers", -1),
         (CONV, "width", 13),
         (TimmConfig(name="resnet50"), "name", "resnet18"),

@@ -1,0 +1,91 @@
+"""What surrounds the loss: captions to token ids, bytes to augmented views, and one whole training step."""
+
+import io
+import json
+import tarfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from fvcore.nn import FlopCountAnalysis
+from rocket_fast.loaders.cpu import CPULoader
+
+from rocket_fast.image_augment import normalize, recipe_augment
+from rocket_fast.presets import preset
+from rocket_fast.text_augment import TextAugmentConfig, augment_strong
+from rocket_fast.tokenizer import Tokenizer
+from rocket_fast.trainer import Trainer
+
+CAPTIONS = [f"a photo of {n} sunny dogs under the old bridge in paris, number {n}" for n in range(4096)]
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory):
+    """1,024 noise-and-gradient PNGs of 48 x 48 with captions, as a webdataset tar."""
+    from PIL import Image
+
+    path = tmp_path_factory.mktemp("data") / "noise.tar"
+    rng = np.random.default_rng(0)
+    with tarfile.open(path, "w") as tar:
+        for i in range(1024):
+            picture = io.BytesIO()
+            Image.fromarray(rng.integers(0, 255, (6, 6, 3), np.uint8)).resize((48, 48)).save(picture, "PNG")
+            members = {"png": picture.getvalue(), "txt": CAPTIONS[i].encode()}
+            members["json"] = json.dumps({"captions": [CAPTIONS[i]]}).encode()
+            for extension, content in members.items():
+                info = tarfile.TarInfo(f"{i:05d}.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.benchmark(group=f"{len(CAPTIONS)} clean captions to token ids, one thread")
+class TestTokenizer:
+    def test_rocket_fast(self, benchmark):
+        ids = benchmark(Tokenizer().encode, CAPTIONS)
+        benchmark.extra_info["captions_per_s"] = len(ids) / benchmark.stats.stats.median
+
+    def test_open_clip(self, benchmark):
+        peer = pytest.importorskip("open_clip", reason="the bench extra brings open_clip_torch").SimpleTokenizer()
+        benchmark.pedantic(peer, (CAPTIONS,), rounds=3)
+        benchmark.extra_info["captions_per_s"] = len(CAPTIONS) / benchmark.stats.stats.median
+
+
+@pytest.mark.benchmark(group=f"strong augmentation of {len(CAPTIONS)} captions, one thread")
+def test_text_augmentation(benchmark):
+    config, rng = TextAugmentConfig(), np.random.default_rng(0)
+    benchmark(lambda: [augment_strong(caption, config, rng) for caption in CAPTIONS])
+
+
+@pytest.mark.benchmark(group="loader: 1,024 PNGs of 48 px, one weak and two strong views of 32 px, 2 threads")
+def test_cpu_loader(benchmark, shard):
+    data = replace(preset("demo").data, train=(str(shard),), batch_size=256, workers=2, captions="txt")
+    loader = CPULoader(data, recipe_augment(size=32), TextAugmentConfig(), Tokenizer(), seed=0)
+    epochs = iter(range(1, 1_000_000))
+
+    def epoch():
+        loader.set_epoch(next(epochs))
+        return sum(len(batch) for batch in loader)
+
+    samples = benchmark(epoch)
+    benchmark.extra_info["samples_per_s"] = samples / benchmark.stats.stats.median
+    loader.close()
+
+
+@pytest.mark.benchmark(group="one training step of the demo preset, 2 threads")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_demo_step(benchmark, shard, tmp_path, precision):
+    base = preset("demo")
+    data = replace(base.data, train=(str(shard),))
+    config = replace(base, out=tmp_path, data=data, loop=replace(base.loop, precision=precision, threads=2))
+    trainer = Trainer(config)
+    batch = next(iter(trainer.loader))
+    benchmark.pedantic(trainer.train_step, (batch,), rounds=10, warmup_rounds=2)
+    seconds = benchmark.stats.stats.median
+    multiply_adds = sum(
+        FlopCountAnalysis(trainer.model.visual, normalize(images[:1])).unsupported_ops_warnings(False).total()
+        for images in batch.images
+    )
+    benchmark.extra_info["images_per_s"] = len(batch) / seconds
+    benchmark.extra_info["vision_tower_gflop_per_s"] = 3 * 2 * multiply_adds * len(batch) / seconds / 1e9
+    trainer.close()
