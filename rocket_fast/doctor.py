@@ -21,7 +21,6 @@ OPTIONAL = {
         "simplejpeg",
         "cv2",
         "numba",
-        "instant_clip_tokenizer",
         "ftfy",
         "tyro",
         "rich",

@@ -17,24 +17,9 @@ Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("numba")
 from rocket_fast.kernels import augment  # noqa: E402
 
-SIZES = [(48, 48), (61, 37), (120, 200), (7, 90)]
-
 
 def noise(height, width, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def photo(height, width, seed=0):
-    """Smooth shapes and sharp edges, away from black and white, as photographs mostly are."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:height, :width].astype(np.float64)
-    picture = np.zeros((height, width, 3))
-    for channel in range(3):
-        for _ in range(4):
-            picture[..., channel] += np.sin(x * rng.uniform(0, 0.5) + y * rng.uniform(0, 0.5) + rng.uniform(0, 6))
-        picture[..., channel] += 2.0 * (x * rng.uniform(-1, 1) + y * rng.uniform(-1, 1) > rng.uniform(-5, 20))
-    picture -= picture.min()
-    return (40 + 170 * picture / picture.max()).astype(np.uint8)
 
 
 def render(source, params, height, width=None):
@@ -47,78 +32,56 @@ def whole(source, **changes):
     return ViewParams(window=(0.0, 0.0, float(source.shape[0]), float(source.shape[1])), **changes)
 
 
-def bicubic_float64(source, window, bounded, height, width):
-    """The separable filter, written out, in float64."""
-
-    def matrix(start, length, low, high, size):
-        scale = length / size
-        stretch = max(scale, 1.0)
-        rows = np.zeros((size, high))
-        for i in range(size):
-            x = np.abs((np.arange(high) + 0.5 - (start + (i + 0.5) * scale)) / stretch)
-            near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
-            rows[i] = np.where(x < 1, near, np.where(x < 2, far, 0))
-            rows[i, :low] = 0
-            rows[i] /= rows[i].sum()
-        return rows
-
+def pillow(source, window, height, width):
+    """Pillow's bicubic of a part of the picture, columns first in every version; the filter sees beyond the part."""
     top, left, h, w = window
-    limits_y = (int(top), int(top + h)) if bounded else (0, source.shape[0])
-    limits_x = (int(left), int(left + w)) if bounded else (0, source.shape[1])
-    rows = matrix(top, h, *limits_y, height)
-    columns = matrix(left, w, *limits_x, width)
-    return np.einsum("yi,ijc,xj->yxc", rows, source[: limits_y[1], : limits_x[1]].astype(np.float64), columns)
+    columns = Image.fromarray(source).resize(
+        (width, source.shape[0]), Image.BICUBIC, (left, 0, left + w, source.shape[0])
+    )
+    return np.asarray(columns.resize((width, height), Image.BICUBIC, (0, top, width, top + h))).astype(np.int64)
 
 
-@pytest.mark.parametrize("shape", SIZES)
-@pytest.mark.parametrize("target", [32, 33, 100])
-def test_resize_is_within_2_grey_levels_of_pillow(shape, target):
-    source = photo(*shape)
-    expected = np.asarray(Image.fromarray(source).resize((target, target), Image.BICUBIC)).astype(np.int64)
-    assert np.abs(render(source, whole(source), target) - expected).max() <= 2
-
-
-def test_crop_is_taken_before_resizing():
-    source = photo(120, 200)
-    top, left, height, width = 11, 60, 90, 77
-    crop = Image.fromarray(source[top : top + height, left : left + width])
-    expected = np.asarray(crop.resize((32, 32), Image.BICUBIC)).astype(np.int64)
-    params = ViewParams(window=(float(top), float(left), float(height), float(width)))
-    assert np.abs(render(source, params, 32) - expected).max() <= 2
-
-
-@pytest.mark.parametrize("shape", [(48, 48), (61, 37), (120, 201), (33, 32)])
-def test_centre_view_is_resize_then_centre_crop(shape):
-    source, size = photo(*shape), 32
-    short = min(shape)
-    resized_h, resized_w = int(size * shape[0] / short), int(size * shape[1] / short)
-    resized = np.asarray(Image.fromarray(source).resize((resized_w, resized_h), Image.BICUBIC)).astype(np.int64)
-    top, left = round((resized_h - size) / 2), round((resized_w - size) / 2)
-    expected = resized[top : top + size, left : left + size]
-    assert np.abs(render(source, centre_view(*shape, size), size) - expected).max() <= 2
-
-
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=150)
 @given(data=st.data())
-def test_resize_equals_the_float64_filter_on_noise(data):
-    height, width = data.draw(st.integers(1, 50)), data.draw(st.integers(1, 50))
+def test_resize_is_pillows(data):
+    height, width = data.draw(st.integers(1, 90)), data.draw(st.integers(1, 90))
     h, w = data.draw(st.integers(1, height)), data.draw(st.integers(1, width))
     top, left = data.draw(st.integers(0, height - h)), data.draw(st.integers(0, width - w))
     out_h, out_w = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 60))
     bounded, source = data.draw(st.booleans()), noise(height, width)
     window = (float(top), float(left), float(h), float(w))
-    expected = bicubic_float64(source, window, bounded, out_h, out_w).clip(0, 255)
     got = render(source, ViewParams(window=window, bounded=bounded), out_h, out_w)
-    assert np.abs(got - expected).max() <= 0.5 + 1e-3  # half a level of rounding, float32 sums
+    if bounded:
+        expected = pillow(source[top : top + h, left : left + w], (0, 0, h, w), out_h, out_w)
+    else:
+        expected = pillow(source, window, out_h, out_w)
+    assert np.abs(got - expected).max() <= 1  # sums in float32 here, in fixed point there: ties may round apart
+
+
+@pytest.mark.parametrize("target", [32, 224])
+def test_resize_of_a_larger_picture_is_pillows(target):
+    source = noise(301, 407)
+    assert np.abs(render(source, whole(source), target) - pillow(source, (0, 0, 301, 407), target, target)).max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (61, 37), (120, 201), (33, 32)])
+def test_centre_view_is_resize_then_centre_crop(shape):
+    source, size = noise(*shape), 32
+    short = min(shape)
+    resized_h, resized_w = int(size * shape[0] / short), int(size * shape[1] / short)
+    resized = pillow(source, (0, 0, *shape), resized_h, resized_w)
+    top, left = round((resized_h - size) / 2), round((resized_w - size) / 2)
+    expected = resized[top : top + size, left : left + size]
+    assert np.abs(render(source, centre_view(*shape, size), size) - expected).max() <= 1
 
 
 def test_flip_mirrors_left_right():
-    source = photo(40, 61)
+    source = noise(40, 61)
     assert (render(source, whole(source, flip=True), 32) == render(source, whole(source), 32)[:, ::-1]).all()
 
 
 def test_colour_matrix_and_pivot_equal_the_formula():
-    source = photo(32, 32)  # same size: resizing changes nothing
+    source = noise(32, 32)  # same size: resizing changes nothing
     matrix = np.array([[0.9, 0.2, -0.1], [0.05, 1.2, 0.0], [-0.2, 0.1, 0.7]])
     pivot = np.array([0.1, -0.05, 0.2])
     pixels = source.astype(np.float64)
@@ -131,7 +94,7 @@ def test_colour_matrix_and_pivot_equal_the_formula():
 def test_contrast_is_pillows_up_to_rounding():
     from PIL import ImageEnhance
 
-    source = photo(32, 32)
+    source = noise(32, 32)
     expected = np.asarray(ImageEnhance.Contrast(Image.fromarray(source)).enhance(1.3)).astype(np.int64)
     got = render(source, whole(source, matrix=1.3 * np.eye(3), pivot=np.full(3, -0.3)), 32)
     assert np.abs(got - expected).max() <= 1
@@ -169,7 +132,7 @@ def test_quarter_turn_is_rot90():
 
 
 def test_warp_equals_bilinear_sampling_in_float64():
-    source, angle, size = photo(40, 50), 0.3, 24
+    source, angle, size = noise(40, 50), 0.3, 24
     c, s = np.cos(angle), np.sin(angle)
     window = (3.0, 5.0, 30.0, 42.0)
     points_y, points_x = 1, 2  # 30 / 24 and 42 / 24 source pixels a view pixel, at most 1.5 between points

@@ -6,7 +6,7 @@ from rocket_fast.models.attention import TransformerBlock, attention, run_block
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("length", [1, 7])
+@pytest.mark.parametrize("length", [1, 7, 65])  # below and above SHORT_ON_CPU
 def test_attention_is_softmax_of_scaled_products(causal, length):
     q, k, v = torch.randn(3, 2, 3, length, 5, dtype=torch.float64)
     scores = q @ k.transpose(-1, -2) / 5**0.5
