@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from rocket_fast.kernels import clip_loss, multiview_clip_loss
 
 N, D = 2048, 256

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from fvcore.nn import FlopCountAnalysis
-from rocket_fast.loaders.cpu import CPULoader
 
 from rocket_fast.image_augment import normalize, recipe_augment
+from rocket_fast.loaders.cpu import CPULoader
 from rocket_fast.presets import preset
 from rocket_fast.text_augment import TextAugmentConfig, augment_strong
 from rocket_fast.tokenizer import Tokenizer

@@ -5,7 +5,8 @@ Shape legend: H, W source height and width; h, w view height and width. ``source
 float32, are clipped to [0, 255] after each step, and are rounded once, at the end.
 
 Resizing is the antialiased bicubic of Pillow (a = -0.5, the filter stretched by the reduction), columns first, rounded
-between the passes: within 1 grey level. (From Pillow 13 on, pictures much reduced in height take rows first there.)
+between the passes: equal but for sums within float32 of a tie, seldom 1 grey level, at most 2. (From Pillow 13 on,
+pictures much more reduced in height than in width take rows first there: seldom 10 levels apart, at hard edges.)
 """
 
 from __future__ import annotations

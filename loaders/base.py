@@ -25,7 +25,7 @@ class DataConfig:
     train: tuple[str, ...]
     """Webdataset tars: paths, globs (data/*.tar) and braces (data/{000..331}.tar)."""
     batch_size: int = 256
-    """Samples per optimizer step in each process; the global batch is this times the number of processes."""
+    """Samples per optimizer step over all processes; a multiple of their number."""
     workers: int = 2
     """Threads that decode and augment."""
     captions: Literal["txt", "several"] = "txt"

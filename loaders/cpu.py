@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from rocket_fast.loaders.base import TEXT_STREAM, BadSampleError, DataConfig, EvalBatch, sample_generator
-from rocket_fast.loaders.shards import Cursor, ShardSet, epoch_order
-from rocket_fast.loaders.sources import RawSample
 from torch import Tensor
 
 from rocket_fast.batch import Batch, PackedText
 from rocket_fast.errors import InvalidArgument, optional_import, require
 from rocket_fast.image_augment import ImageAugmentConfig, centre_view, draw
+from rocket_fast.loaders.base import TEXT_STREAM, BadSampleError, DataConfig, EvalBatch, sample_generator
+from rocket_fast.loaders.shards import Cursor, ShardSet, epoch_order
+from rocket_fast.loaders.sources import RawSample
 from rocket_fast.text_augment import TextAugmentConfig, augment_strong, augment_weak
 from rocket_fast.tokenizer import Tokenizer
 
@@ -243,7 +243,7 @@ class CPULoader:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _submit(self, order: np.ndarray, epoch: int, number: int) -> _Pending:
-        size = self.data.batch_size
+        size = self._cursor.batch_size
         images = tuple(torch.empty(size, 3, v.size, v.size, dtype=torch.uint8) for v in self.image.views)
         outs = [image.numpy() for image in images]
         places, own = self._cursor.places(number)

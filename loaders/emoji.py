@@ -25,6 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rocket_fast.errors import optional_import, require
+from rocket_fast.files import write_atomically
 from rocket_fast.loaders.emoji_sources import (
     OPENMOJI,
     PACKAGES,
@@ -34,9 +36,6 @@ from rocket_fast.loaders.emoji_sources import (
     fetch,
     match_drawings,
 )
-
-from rocket_fast.errors import optional_import, require
-from rocket_fast.files import write_atomically
 
 HELDOUT_FRACTION = 0.1
 VAL_FRACTION = 0.1

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rocket_fast.loaders.sources import RawSample
-from rocket_fast.loaders.sources.webdataset import CaptionMember, FileCache, TarSource
 
 from rocket_fast.errors import InvalidArgument, require
+from rocket_fast.loaders.sources import RawSample
+from rocket_fast.loaders.sources.webdataset import CaptionMember, FileCache, TarSource
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
@@ -98,19 +98,21 @@ def epoch_order(samples: int, seed: int, epoch: int, *, shuffle: bool) -> np.nda
 class Cursor:
     """Divides an epoch of ``samples`` among processes, and knows how many batches of it have been delivered.
 
-    Global batch g is ``world_size * batch_size`` samples in a row of the epoch's order, whatever their split: process
-    ``rank`` takes the ``rank``-th part of it. A partial last one, if it is kept, is dealt out one by one.
+    Global batch g is ``global_batch`` samples in a row of the epoch's order, whatever their split: process ``rank``
+    takes the ``rank``-th part of it, ``batch_size`` samples. A partial last one, if kept, is dealt out one by one.
     """
 
     def __init__(
-        self, samples: int, batch_size: int, *, rank: int = 0, world_size: int = 1, drop_last: bool = True
+        self, samples: int, global_batch: int, *, rank: int = 0, world_size: int = 1, drop_last: bool = True
     ) -> None:
         require(0 <= rank < world_size, "rank", rank, f"0 <= rank < world_size = {world_size}")
-        self.samples, self.batch_size, self.rank, self.world_size = samples, batch_size, rank, world_size
-        self.global_batch = batch_size * world_size
-        self.batches = samples // self.global_batch if drop_last else -(-samples // self.global_batch)
-        expected = f"batches that fit: {samples} samples, {world_size} processes; or data.drop_last = False"
-        require(self.batches > 0, "data.batch_size", batch_size, expected)
+        expected = f"a multiple of the number of processes, {world_size}"
+        require(global_batch % world_size == 0, "data.batch_size", global_batch, expected)
+        self.samples, self.global_batch, self.rank, self.world_size = samples, global_batch, rank, world_size
+        self.batch_size = global_batch // world_size
+        self.batches = samples // global_batch if drop_last else -(-samples // global_batch)
+        expected = f"at most the number of samples, {samples}; or data.drop_last = False"
+        require(self.batches > 0, "data.batch_size", global_batch, expected)
         self.epoch = 0
         self.delivered = 0
 

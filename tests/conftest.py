@@ -58,10 +58,9 @@ def write_shard() -> Callable[[Path, int, int], None]:
 @pytest.fixture
 def tiny_config(tmp_path: Path, write_shard: Callable[[Path, int, int], None]) -> "TrainConfig":  # noqa: F821
     """A CL2L run of seconds: 2 epochs of 6 steps on 100 pictures, dropout and both heads included."""
-    from rocket_fast.loaders.base import DataConfig
-
     from rocket_fast.config import EvalConfig, EvalSet, LoopConfig, TrainConfig
     from rocket_fast.image_augment import recipe_augment
+    from rocket_fast.loaders.base import DataConfig
     from rocket_fast.losses import LossConfig
     from rocket_fast.models.clip import CLIPConfig
     from rocket_fast.models.heads import MLPHeadConfig

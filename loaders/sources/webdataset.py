@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+
 from rocket_fast.loaders.base import BadSampleError
 from rocket_fast.loaders.sources import RawSample
 

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-
 SHORT_ON_CPU = 64
 """Up to this length two plain products beat torch's fused CPU attention, whose backward is slow on short sequences."""
 

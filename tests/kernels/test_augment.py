@@ -55,13 +55,15 @@ def test_resize_is_pillows(data):
         expected = pillow(source[top : top + h, left : left + w], (0, 0, h, w), out_h, out_w)
     else:
         expected = pillow(source, window, out_h, out_w)
-    assert np.abs(got - expected).max() <= 1  # sums in float32 here, in fixed point there: ties may round apart
+    assert np.abs(got - expected).max() <= 2  # sums in float32 here, in fixed point there: ties may round apart
 
 
 @pytest.mark.parametrize("target", [32, 224])
 def test_resize_of_a_larger_picture_is_pillows(target):
     source = noise(301, 407)
-    assert np.abs(render(source, whole(source), target) - pillow(source, (0, 0, 301, 407), target, target)).max() <= 1
+    difference = np.abs(render(source, whole(source), target) - pillow(source, (0, 0, 301, 407), target, target))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.01
 
 
 @pytest.mark.parametrize("shape", [(48, 48), (61, 37), (120, 201), (33, 32)])

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+
 from rocket_fast.loaders.base import TEXT_STREAM, DataConfig, sample_generator
 
 

@@ -5,6 +5,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+
 from rocket_fast.loaders.check import check_shards
 
 

@@ -8,6 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+
 from rocket_fast.loaders import emoji, emoji_sources
 from rocket_fast.loaders.emoji import EmojiConfig, EmojiManifest, build_emoji
 from rocket_fast.loaders.emoji_sources import KEYWORDS, NAMES, OPENMOJI, PACKAGES, TRAINING_VENDORS

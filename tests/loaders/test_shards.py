@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from rocket_fast.loaders.shards import Cursor, ShardSet, epoch_order, expand_braces, expand_patterns
 
 
@@ -58,13 +59,12 @@ def test_epoch_order():
 
 @given(samples=st.integers(1, 200), batch_size=st.integers(1, 9), world_size=st.integers(1, 4), keep=st.booleans())
 def test_every_sample_once_over_all_processes(samples, batch_size, world_size, keep):
-    if not keep and samples < batch_size * world_size:
+    together = batch_size * world_size
+    if not keep and samples < together:
         with pytest.raises(ValueError, match="batch_size"):
-            Cursor(samples, batch_size, world_size=world_size)
+            Cursor(samples, together, world_size=world_size)
         return
-    cursors = [
-        Cursor(samples, batch_size, rank=r, world_size=world_size, drop_last=not keep) for r in range(world_size)
-    ]
+    cursors = [Cursor(samples, together, rank=r, world_size=world_size, drop_last=not keep) for r in range(world_size)]
     assert len({cursor.batches for cursor in cursors}) == 1
     taken = []
     for number in range(cursors[0].batches):
@@ -73,13 +73,13 @@ def test_every_sample_once_over_all_processes(samples, batch_size, world_size, k
         assert valid.max() - valid.min() <= 1
         taken += [place for places, own in shares for place in places[own].tolist()]
         assert all(len(places) == batch_size and places.max() < samples for places, _ in shares)
-    whole = samples if keep else samples // (batch_size * world_size) * batch_size * world_size
+    whole = samples if keep else samples // together * together
     assert sorted(taken) == list(range(whole))
 
 
 def test_global_batches_do_not_depend_on_the_split():
     whole = Cursor(100, 12)
-    parts = [Cursor(100, 4, rank=rank, world_size=3) for rank in range(3)]
+    parts = [Cursor(100, 12, rank=rank, world_size=3) for rank in range(3)]
     for number in range(whole.batches):
         assert whole.places(number)[0].tolist() == [p for part in parts for p in part.places(number)[0].tolist()]
 
@@ -88,11 +88,16 @@ def test_a_saved_place_fits_any_split_of_the_global_batch_only():
     cursor = Cursor(100, 12)
     cursor.set_epoch(2)
     cursor.delivered = 3
-    part = Cursor(100, 4, rank=2, world_size=3)
+    part = Cursor(100, 12, rank=2, world_size=3)
     part.load_state_dict(cursor.state_dict())
     assert (part.epoch, part.delivered) == (2, 3)
     with pytest.raises(ValueError, match="multiple of the global batch 10"):
         Cursor(100, 10).load_state_dict(cursor.state_dict())
+
+
+def test_a_batch_that_cannot_be_divided_is_named():
+    with pytest.raises(ValueError, match=r"data\.batch_size: got 10, expected a multiple of the number of processes, 3"):
+        Cursor(100, 10, world_size=3)
 
 
 def test_set_epoch_restarts_only_when_it_changes():

@@ -4,6 +4,7 @@ import io
 import tarfile
 
 import pytest
+
 from rocket_fast.loaders.base import BadSampleError
 from rocket_fast.loaders.shards import ShardSet
 from rocket_fast.loaders.sources.webdataset import FileCache, TarSource
