@@ -130,12 +130,14 @@ class Evaluator:
         title = f"{self.config.name}: best of {len(names)} captions, {chosen.name}"
         captions_picture(encoded.shown, [encoded.captions[row] for row in rows], best, path, title)
 
-    def _pixel_baseline(self, chosen: EvalSet) -> tuple[float, str]:
+    def _pixel_baseline(self, chosen: EvalSet) -> tuple[float | None, str | None]:
         """Against the training pictures; for classes not in training, against the other pictures of the set."""
         queries, labels = self._pixels(chosen.shards)
         gallery, gallery_labels = self._pixels(self.config.data.train)
         if set(labels) & set(gallery_labels):
             return pixel_neighbour(queries, labels, gallery, gallery_labels), "training pictures"
+        if len(set(labels)) == len(labels):
+            return None, None  # one picture a class: there is no neighbour to find
         return pixel_neighbour(queries, labels, queries, labels, same_set=True), "other pictures of the set"
 
     def _pixels(self, shards: tuple[str, ...]) -> tuple[list[Tensor], list[str]]:

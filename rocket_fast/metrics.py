@@ -68,13 +68,11 @@ class TrainingBar:
     def __init__(self, total_steps: int, done: int, *, enabled: bool) -> None:
         progress = optional_import("rich.progress", "train")
         self._bar = progress.Progress(
-            progress.TextColumn("[bold]train"),
-            progress.BarColumn(bar_width=24),
+            progress.BarColumn(bar_width=10),  # all of it fits 80 columns
             progress.MofNCompleteColumn(),
             progress.TextColumn("{task.fields[figures]}"),
-            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
             progress.TextColumn("left"),
-            progress.TimeRemainingColumn(elapsed_when_finished=False),
             disable=not enabled,
         )
         self._task = self._bar.add_task("train", total=total_steps, completed=done, figures="")
@@ -95,7 +93,7 @@ class TrainingBar:
     def show(self, record: dict[str, Any]) -> None:
         """Put a log record's main figures beside the bar."""
         figures = (
-            f"loss {record['loss']:.3f}  lr {record['lr']:.2e}  {record['images_per_s']:.0f} img/s  "
+            f"loss {record['loss']:.3f} lr {record['lr']:.1e} {record['images_per_s']:.0f} img/s "
             f"data-wait {100 * record['data_wait']:.0f}%"
         )
         self._bar.update(self._task, figures=figures)

@@ -96,7 +96,7 @@ def test_a_saved_place_fits_any_split_of_the_global_batch_only():
 
 
 def test_a_batch_that_cannot_be_divided_is_named():
-    with pytest.raises(ValueError, match=r"data\.batch_size: got 10, expected a multiple of the number of processes, 3"):
+    with pytest.raises(ValueError, match=r"data\.batch_size: got 10, expected a multiple of .* processes, 3"):
         Cursor(100, 10, world_size=3)
 
 
