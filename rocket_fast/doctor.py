@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from rocket_fast.device import build_autocast, choose_device
 from rocket_fast.errors import optional_import
-from rocket_fast.trainer import build_autocast, choose_device
 from rocket_fast.version import __version__
 
 OPTIONAL = {

@@ -27,7 +27,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rocket_fast.batch import Batch, LossOutput
 from rocket_fast.checkpoint import CheckpointFolder, load_checkpoint
-from rocket_fast.config import Precision, TrainConfig, differences, load_config, provenance, to_plain
+from rocket_fast.config import TrainConfig, differences, load_config, provenance, to_plain
+from rocket_fast.device import build_autocast, choose_device
 from rocket_fast.distributed import is_main, rank, world_size
 from rocket_fast.errors import InvalidArgument, optional_import, require
 from rocket_fast.evaluation import Evaluator, SetResult, result_table
@@ -84,6 +85,7 @@ def train(config: TrainConfig, *, resume: bool = True) -> TrainResult:
         trainer = Trainer(config, resume=resume)
         try:
             trainer.fit(stop)
+            trainer.write_weights()
             results = trainer.evaluate()
         finally:
             trainer.close()
@@ -268,6 +270,14 @@ class Trainer:
         self.say(f"pictures: {pictures}")
         return results
 
+    def write_weights(self) -> None:
+        """Write ``weights.safetensors``: the weights to use, without what training needs beside them."""
+        if is_main():
+            save = optional_import("safetensors.torch", "train").save_model
+            write_atomically(
+                self.config.folder / "weights.safetensors", lambda temporary: save(self.evaluated_model, str(temporary))
+            )
+
     def save(self, *, best: bool = False) -> None:
         """Write a checkpoint: everything that the next step depends on."""
         if torch.isfinite(self.first_bad_step) or not is_main():
@@ -342,26 +352,6 @@ def evaluate_run(folder: Path, checkpoint: Literal["last", "best"]) -> list[SetR
         model.load_state_dict(state["model"])
     evaluator = Evaluator(config, Tokenizer(context_length=config.model.text.context_length))
     return evaluator.evaluate(model, build_autocast(config.loop.precision, device), folder)
-
-
-def choose_device(wanted: str) -> torch.device:
-    """``auto`` takes this process's CUDA device where there is one."""
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    require(torch.cuda.is_available(), "loop.device", wanted, "cpu or auto: torch sees no CUDA device")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def build_autocast(precision: Precision, device: torch.device) -> torch.autocast:
-    """Autocast to bf16, or a disabled one; ``auto`` takes bf16 only where the hardware multiplies it natively."""
-    if precision == "auto":
-        native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_amx()
-        precision = "bf16" if native else "fp32"
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
-
-
-def _cpu_has_amx() -> bool:
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
 def _step_seed(seed: int, step: int, of_rank: int) -> int:

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_model
 
 from rocket_fast.checkpoint import CheckpointFolder, load_checkpoint
 from rocket_fast.config import TrainConfig, to_plain
 from rocket_fast.image_augment import plain_augment
+from rocket_fast.models.clip import DualEncoder
 from rocket_fast.models.heads import BarLIPConfig, BYOLIPConfig, SiamLIPConfig, SwALIPConfig, SwALIPPrototypesConfig
 from rocket_fast.trainer import Interrupted, NonFiniteLoss, Trainer, train
 
@@ -59,6 +61,9 @@ def test_trains_evaluates_and_leaves_a_full_record(tiny_config: TrainConfig):
     assert {"lr", "images_per_s", "data_wait", "logit_scale", "h_logit_scale", "clip_acc", "skipped"} <= set(steps[0])
     (test,) = result.results
     assert test.accuracy.top1[0.5] > 3 * test.chance
+    weights = DualEncoder(config.model)
+    load_model(weights, config.folder / "weights.safetensors")
+    torch.testing.assert_close(weights.state_dict(), final_state(config)["model"], rtol=0, atol=0)
     for name in ("config.json", "run.jsonl", "eval.json", "captions-test.png", "checkpoints/best.pt"):
         assert (config.folder / name).stat().st_size > 0, name
     assert len(list((config.folder / "checkpoints").glob("step-*.pt"))) == config.loop.keep_checkpoints

@@ -1,0 +1,30 @@
+"""Where to compute and in which precision: chosen once, when a run is built."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from rocket_fast.config import Precision
+from rocket_fast.errors import require
+
+
+def choose_device(wanted: str) -> torch.device:
+    """``auto`` takes this process's CUDA device where there is one."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    require(torch.cuda.is_available(), "loop.device", wanted, "cpu or auto: torch sees no CUDA device")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def build_autocast(precision: Precision, device: torch.device) -> torch.autocast:
+    """Autocast to bf16, or a disabled one; ``auto`` takes bf16 only where the hardware multiplies it natively."""
+    if precision == "auto":
+        native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_amx()
+        precision = "bf16" if native else "fp32"
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def _cpu_has_amx() -> bool:
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
