@@ -170,14 +170,14 @@ def _bilinear(flat: np.ndarray, here: int, right: int, below: int, fx: float, fy
 
 
 @_jit
-def _recolour(view: np.ndarray, matrix: np.ndarray, pivot: np.ndarray) -> None:
-    """colour' = matrix @ colour + pivot * mean luma, in place and clipped."""
+def _recolour(view: np.ndarray, matrix: np.ndarray, pivot: np.ndarray, shift: np.ndarray) -> None:
+    """colour' = matrix @ colour + pivot * mean luma + shift, in place and clipped."""
     flat = view.reshape(3, view.shape[1] * view.shape[2])
-    offset = np.zeros(3, np.float32)
+    offset = shift.astype(np.float32)
     if pivot[0] != 0.0 or pivot[1] != 0.0 or pivot[2] != 0.0:
         luma = LUMA[0] * flat[0].mean() + LUMA[1] * flat[1].mean() + LUMA[2] * flat[2].mean()
         for c in range(3):
-            offset[c] = pivot[c] * luma
+            offset[c] += pivot[c] * luma
     m = matrix.astype(np.float32).reshape(9)
     for i in range(flat.shape[1]):
         red, green, blue = flat[0, i], flat[1, i], flat[2, i]
@@ -245,6 +245,7 @@ def _render(
     flip: bool,
     matrix: np.ndarray,
     pivot: np.ndarray,
+    shift: np.ndarray,
     sigma: float,
     erase: Four,
     solarize: int,
@@ -260,8 +261,8 @@ def _render(
         _resize(source, window, bounded, flip, view)
     else:
         _warp(source, window, warp, flip, view)
-    if np.any(matrix != np.eye(3)):
-        _recolour(view, matrix, pivot)
+    if np.any(matrix != np.eye(3)) or np.any(shift != 0.0):
+        _recolour(view, matrix, pivot, shift)
     if sigma > 0.0:
         _blur(view, sigma)
     if erase[2] > 0.0:
@@ -289,7 +290,8 @@ def render_view(source: np.ndarray, params: ViewParams, out: np.ndarray) -> None
     Raises ValueError if the window does not lie inside the source.
     """
     p = params
-    _render(source, p.window, p.bounded, p.warp, p.flip, p.matrix, p.pivot, p.blur_sigma, p.erase, p.solarize, out)
+    colour = (p.matrix, p.pivot, p.shift)
+    _render(source, p.window, p.bounded, p.warp, p.flip, *colour, p.blur_sigma, p.erase, p.solarize, out)
 
 
 def over_white(pixels_bgra: np.ndarray) -> np.ndarray:

@@ -197,7 +197,9 @@ def _plan_shards(drawings: list[Drawing], split: dict[str, str], config: EmojiCo
 
 
 def _fingerprint(plan: dict[str, list[Drawing]], config: EmojiConfig) -> str:
-    content = json.dumps([config.size, [[shard, [asdict(d) for d in samples]] for shard, samples in plan.items()]])
+    content = json.dumps(
+        [config.size, [[shard, [[asdict(d), d.captions] for d in samples]] for shard, samples in plan.items()]]
+    )
     return hashlib.sha256(content.encode()).hexdigest()
 
 

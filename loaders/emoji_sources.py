@@ -5,6 +5,7 @@ names and keywords by character. A drawing without a Unicode emoji name, and eve
 """
 
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from typing import Any
 
 from rocket_fast.errors import optional_import
 
-KEYWORDS_PER_CAPTION = 3
+KEYWORD_CAPTIONS, MOST_KEYWORDS, NAMED_SHARE = 8, 4, 0.4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +99,18 @@ class Drawing:
 
     @property
     def captions(self) -> list[str]:
-        """The name first, then the keywords, a few to a caption."""
-        groups = range(0, len(self.keywords), KEYWORDS_PER_CAPTION)
-        return [self.name, *(", ".join(self.keywords[start : start + KEYWORDS_PER_CAPTION]) for start in groups)]
+        """What a trainer draws from: one half the name, one half a few keywords in any order, some behind the name.
+
+        Seeded by the key, so that every build writes the same.
+        """
+        if not self.keywords:
+            return [self.name]
+        rng = random.Random(self.key)
+        described = []
+        for _ in range(KEYWORD_CAPTIONS):
+            words = rng.sample(self.keywords, min(len(self.keywords), rng.randint(1, MOST_KEYWORDS)))
+            described.append(" ".join([self.name, *words] if rng.random() < NAMED_SHARE else words))
+        return [self.name] * KEYWORD_CAPTIONS + described
 
 
 def _npm_command() -> list[str]:

@@ -25,6 +25,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SOLARIZE_THRESHOLD = 128  # torchvision's and BYOL's
 NO_SOLARIZE = 256
+_MID_GREY = 127.5
 
 LUMA = (0.299, 0.587, 0.114)
 _YIQ = np.array([LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])  # the 1953 NTSC primaries
@@ -36,7 +37,7 @@ _TURN = np.linalg.inv(_YIQ) @ np.array([(0.0, 0.0, 0.0), (0.0, 0.0, 1.0), (0.0, 
 _CROP_TRIES = 10  # as torchvision's RandomResizedCrop
 # Every decision has its own place among a view's uniform numbers, so switching one off leaves the others as they were.
 _AT_CROP, _AT_PLACE, _AT_FLIP, _AT_JITTER, _AT_GRAY = 0, 20, 22, 23, 28
-_AT_BLUR, _AT_SOLARIZE, _AT_WARP, _AT_ERASE, _UNIFORMS = 29, 31, 32, 35, 40
+_AT_BLUR, _AT_SOLARIZE, _AT_WARP, _AT_ERASE, _AT_SHIFT, _UNIFORMS = 29, 31, 32, 35, 40, 43
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,9 @@ class ViewConfig:
     shear_degrees: float = 0.0
     """Shear along x and along y by up to so many degrees either way."""
     color_matrix_std: float = 0.0
-    """Standard deviation of a random 3x3 colour matrix around the identity; helps on small drawings."""
+    """Standard deviation of a random 3x3 colour matrix around the identity, about mid-grey; helps on small drawings."""
+    color_shift: float = 0.0
+    """Each channel moves by up to so much of its range, either way."""
     erase_prob: float = 0.0
     """Probability that a rectangle of 2% to 33% of the view takes the view's mean colour."""
 
@@ -84,6 +87,7 @@ class ViewConfig:
         require(0 <= self.rotate_degrees <= 180, "rotate_degrees", self.rotate_degrees, "0 to 180")
         require(0 <= self.shear_degrees <= 60, "shear_degrees", self.shear_degrees, "0 to 60")
         require(self.color_matrix_std >= 0, "color_matrix_std", self.color_matrix_std, "a number >= 0")
+        require(0 <= self.color_shift <= 1, "color_shift", self.color_shift, "a share of the range, 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +141,8 @@ class ViewParams:
     ``window``: top, left, height, width of the part of the source, in source pixels, that fills the view.
     ``bounded``: True if the resize filter sees the window only (crop, then resize), False if the whole picture (resize,
     then crop). ``warp``: 2x2 row by row, from offsets (x, y) about the window's centre to source offsets.
-    ``flip``: mirror left-right. ``matrix`` (3, 3) and ``pivot`` (3,), float64:
-    colour' = matrix @ colour + pivot * (mean luma of the view). ``blur_sigma``: in view pixels, 0 for none.
+    ``flip``: mirror left-right. ``matrix`` (3, 3), ``pivot`` and ``shift`` (3,), float64:
+    colour' = matrix @ colour + pivot * (mean luma of the view) + shift. ``blur_sigma``: in view pixels, 0 for none.
     ``erase``: top, left, height, width as shares of the view, zero for none. ``solarize``: values from here on are
     inverted; 256 for none.
     """
@@ -149,6 +153,7 @@ class ViewParams:
     flip: bool = False
     matrix: np.ndarray = dataclasses.field(default_factory=lambda: np.eye(3))
     pivot: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(3))
+    shift: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(3))
     blur_sigma: float = 0.0
     erase: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     solarize: int = NO_SOLARIZE
@@ -158,7 +163,7 @@ def draw(view: ViewConfig, height: int, width: int, rng: np.random.Generator) ->
     """Decide one view of a picture of ``height`` x ``width`` pixels; takes the same numbers from ``rng`` every time."""
     u = rng.random(_UNIFORMS).tolist()
     noise = rng.standard_normal((3, 3)) if view.color_matrix_std > 0 else None
-    matrix, pivot = _draw_colour(view, u, noise)
+    matrix, pivot, shift = _draw_colour(view, u, noise)
     sigma = 0.0
     if u[_AT_BLUR] < view.blur_prob:
         sigma = _between(view.blur_sigma, u[_AT_BLUR + 1])
@@ -168,6 +173,7 @@ def draw(view: ViewConfig, height: int, width: int, rng: np.random.Generator) ->
         flip=u[_AT_FLIP] < view.flip_prob,
         matrix=matrix,
         pivot=pivot,
+        shift=shift,
         blur_sigma=sigma,
         erase=_draw_erase(u[_AT_ERASE:]) if u[_AT_ERASE] < view.erase_prob else (0.0, 0.0, 0.0, 0.0),
         solarize=SOLARIZE_THRESHOLD if u[_AT_SOLARIZE] < view.solarize_prob else NO_SOLARIZE,
@@ -226,8 +232,10 @@ def _draw_warp(view: ViewConfig, u: list[float]) -> tuple[float, float, float, f
     return c - s * shear_y, c * shear_x - s, s + c * shear_y, s * shear_x + c  # rotation @ [[1, x], [y, 1]]
 
 
-def _draw_colour(view: ViewConfig, u: list[float], noise: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Matrix and pivot of: brightness b, contrast c, random matrix, saturation and hue, grayscale."""
+def _draw_colour(
+    view: ViewConfig, u: list[float], noise: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Matrix, pivot and shift of: brightness b, contrast c, random matrix and shift, saturation and hue, grayscale."""
     jitters, grays = u[_AT_JITTER] < view.jitter_prob, u[_AT_GRAY] < view.gray_prob
     brightness = contrast = saturation = 1.0
     angle = 0.0
@@ -242,9 +250,14 @@ def _draw_colour(view: ViewConfig, u: list[float], noise: np.ndarray | None) -> 
         chroma = _GRAY + (saturation * math.cos(angle)) * _CHROMA + (saturation * math.sin(angle)) * _TURN
     else:
         chroma = np.eye(3)
+    shift = 255 * view.color_shift * (2 * np.array(u[_AT_SHIFT : _AT_SHIFT + 3]) - 1)
     if noise is not None:
-        chroma = chroma + view.color_matrix_std * (chroma @ noise)  # chroma @ (I + std noise)
-    return (brightness * contrast) * chroma, ((1 - contrast) * brightness) * chroma.sum(axis=1)
+        random = np.eye(3) + view.color_matrix_std * noise
+        shift = chroma @ (shift + _MID_GREY * (1 - random.sum(axis=1)))
+        chroma = chroma @ random
+    else:
+        shift = chroma @ shift
+    return (brightness * contrast) * chroma, ((1 - contrast) * brightness) * chroma.sum(axis=1), shift
 
 
 def _draw_erase(u: list[float]) -> tuple[float, float, float, float]:

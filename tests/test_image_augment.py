@@ -36,6 +36,7 @@ EVERYTHING = ViewConfig(
     rotate_degrees=20,
     shear_degrees=10,
     color_matrix_std=0.3,
+    color_shift=0.1,
     erase_prob=0.3,
 )
 
@@ -97,8 +98,8 @@ def test_a_crop_that_never_fits_is_central():
 )
 def test_switching_one_decision_off_leaves_the_others(field, off):
     touched = {
-        "jitter_prob": {"matrix", "pivot"},
-        "gray_prob": {"matrix", "pivot"},
+        "jitter_prob": {"matrix", "pivot", "shift"},
+        "gray_prob": {"matrix", "pivot", "shift"},
         "blur_prob": {"blur_sigma"},
         "solarize_prob": {"solarize"},
         "rotate_degrees": {"warp"},
@@ -182,6 +183,16 @@ def test_color_matrix_has_its_standard_deviation():
     assert np.allclose(matrices.std(axis=0), 0.3, atol=0.03)
 
 
+def test_color_matrix_turns_about_mid_grey_and_the_shift_is_uniform():
+    turned = [draw(ViewConfig(color_matrix_std=0.3), 8, 8, generator(seed)) for seed in range(20)]
+    assert all(np.allclose(p.matrix @ np.full(3, 127.5) + p.shift, 127.5) for p in turned)
+    shifts = np.array([draw(ViewConfig(color_shift=0.1), 8, 8, generator(seed)).shift for seed in range(1500)])
+    assert np.abs(shifts).max() <= 25.5
+    assert np.allclose(shifts.std(axis=0), 25.5 / np.sqrt(3), rtol=0.05)
+    grays = draw(ViewConfig(color_shift=0.1, gray_prob=1.0), 8, 8, generator(0)).shift
+    assert np.allclose(grays, grays[0])
+
+
 def test_a_view_that_does_nothing():
     params = draw(ViewConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0)), 32, 32, generator(0))
     assert params.window == (0.0, 0.0, 32.0, 32.0)
@@ -219,6 +230,7 @@ def test_presets_have_the_recipes_numbers():
         ("blur_sigma", (0.0, 1.0)),
         ("rotate_degrees", -1.0),
         ("color_matrix_std", -0.1),
+        ("color_shift", 1.5),
     ],
 )
 def test_bad_values_are_named(field, value):

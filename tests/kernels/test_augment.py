@@ -82,15 +82,18 @@ def test_flip_mirrors_left_right():
     assert (render(source, whole(source, flip=True), 32) == render(source, whole(source), 32)[:, ::-1]).all()
 
 
-def test_colour_matrix_and_pivot_equal_the_formula():
+def test_colour_matrix_pivot_and_shift_equal_the_formula():
     source = noise(32, 32)  # same size: resizing changes nothing
     matrix = np.array([[0.9, 0.2, -0.1], [0.05, 1.2, 0.0], [-0.2, 0.1, 0.7]])
     pivot = np.array([0.1, -0.05, 0.2])
     pixels = source.astype(np.float64)
     luma = pixels.mean(axis=(0, 1)) @ np.array([0.299, 0.587, 0.114])
-    expected = (pixels @ matrix.T + pivot * luma).clip(0, 255)
-    got = render(source, whole(source, matrix=matrix, pivot=pivot), 32)
+    shift = np.array([20.0, -30.0, 0.0])
+    expected = (pixels @ matrix.T + pivot * luma + shift).clip(0, 255)
+    got = render(source, whole(source, matrix=matrix, pivot=pivot, shift=shift), 32)
     assert np.abs(got - expected).max() <= 0.5 + 1e-3
+    only = render(source, whole(source, shift=shift), 32)
+    assert np.abs(only - (pixels + shift).clip(0, 255)).max() <= 0.5 + 1e-3
 
 
 def test_contrast_is_pillows_up_to_rounding():
