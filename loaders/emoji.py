@@ -106,7 +106,7 @@ def build_emoji(config: EmojiConfig) -> EmojiManifest:
     """Fetch, match, render and write the emoji data; continue where an interrupted call stopped.
 
     Finished shards (checked by SHA-256) and downloaded packages are kept, so a second call needs no network.
-    Raises ImportError where resvg-py, Pillow, rich or npm is missing, RuntimeError where a package cannot be fetched.
+    Raises ImportError where resvg-py, Pillow, rich or npm is missing, Failed where a package cannot be fetched.
     """
     for module in ("resvg_py", "PIL", "rich"):
         optional_import(module, "demo")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rocket_fast.errors import optional_import
+from rocket_fast.errors import Failed, optional_import
 
 KEYWORD_CAPTIONS, MOST_KEYWORDS, NAMED_SHARE = 8, 4, 0.4
 
@@ -136,7 +136,7 @@ def fetch(package: Package, folder: Path) -> Path:
         done = subprocess.run(command, capture_output=True, text=True)
         fetched = Path(temporary) / package.archive
         if done.returncode != 0 or not fetched.exists():
-            raise RuntimeError(
+            raise Failed(
                 f"{specifier} could not be fetched with npm. Without a network, run `npm pack {specifier}` on a "
                 f"machine that has one and place {package.archive} into {folder}. npm said:\n{done.stderr.strip()}"
             )
@@ -153,7 +153,7 @@ def _read_json(archive: Path, member: str) -> dict[str, Any]:
     except KeyError:
         return {}
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-        raise RuntimeError(f"{archive} cannot be read ({error}): delete it to have it fetched again") from error
+        raise Failed(f"{archive} cannot be read ({error}): delete it to have it fetched again") from error
 
 
 # Matching drawings to names ------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from rocket_fast.errors import InvalidArgument, MissingExtra, optional_import
+from rocket_fast.errors import Failed, InvalidArgument, MissingExtra, optional_import
 
 USER_ERROR, FAILED, INTERRUPTED = 2, 1, 128
 
@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
         for module in ("tyro", "rich"):
             optional_import(module, "train")
         from rocket_fast.cli import dispatch
-        from rocket_fast.trainer import Interrupted, NonFiniteLoss
+        from rocket_fast.trainer import Interrupted
     except MissingExtra as error:
         print(f"rocket-fast: {error}", file=sys.stderr)
         return USER_ERROR
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (InvalidArgument, MissingExtra) as error:
         print(f"rocket-fast: {error}", file=sys.stderr)
         return USER_ERROR
-    except NonFiniteLoss as error:
+    except Failed as error:
         print(f"rocket-fast: {error}", file=sys.stderr)
         return FAILED
     except Interrupted as stop:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from rocket_fast.errors import require
+from rocket_fast.errors import Failed, require
 from rocket_fast.files import write_atomically
 
 FORMAT_VERSION = 1
@@ -58,7 +58,7 @@ class CheckpointFolder:
     def load_latest(self, *, map_location: str | torch.device = "cpu") -> dict[str, Any] | None:
         """The newest checkpoint that can be read, or None where there is none at all.
 
-        Raises ``RuntimeError`` when there are checkpoints and none of them can be read: starting over silently would
+        Raises ``Failed`` when there are checkpoints and none of them can be read: starting over silently would
         overwrite what may still be rescued.
         """
         paths = self.step_paths()
@@ -69,7 +69,5 @@ class CheckpointFolder:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 self.report(f"{path} cannot be read ({reason}); trying the checkpoint before it")
         if paths:
-            raise RuntimeError(
-                f"none of the {len(paths)} checkpoints in {self.folder} can be read; move them away first"
-            )
+            raise Failed(f"none of the {len(paths)} checkpoints in {self.folder} can be read; move them away first")
         return None

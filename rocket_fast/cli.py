@@ -13,6 +13,7 @@ from rich.table import Table
 
 from rocket_fast.config import TrainConfig, load_config, to_plain
 from rocket_fast.errors import require
+from rocket_fast.loaders.emoji import EmojiConfig, build_emoji
 from rocket_fast.presets import overview, preset
 
 Checkpoint = Literal["last", "best"]
@@ -29,7 +30,7 @@ def dispatch(arguments: list[str]) -> None:
     }
     prog = "rocket-fast"
     if arguments[:1] == ["data"]:
-        commands, arguments, prog = {"emoji": _emoji_command(), "check": check}, arguments[1:], "rocket-fast data"
+        commands, arguments, prog = {"emoji": emoji, "check": check}, arguments[1:], "rocket-fast data"
     tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog=prog, config=(tyro.conf.AvoidSubcommands,))
 
 
@@ -120,14 +121,9 @@ def data() -> None:
     """Build or check data: `rocket-fast data emoji`, `rocket-fast data check`."""
 
 
-def _emoji_command() -> Callable[..., None]:
-    from rocket_fast.loaders.emoji import EmojiConfig, build_emoji
-
-    def emoji(config: Annotated[EmojiConfig, tyro.conf.arg(name="")] = EmojiConfig()) -> None:  # noqa: B008
-        """Fetch the demo's emoji drawings, render them and write training and test shards with a contact sheet."""
-        build_emoji(config)
-
-    return emoji
+def emoji(config: Annotated[EmojiConfig, tyro.conf.arg(name="")] = EmojiConfig()) -> None:  # noqa: B008 - frozen
+    """Fetch the demo's emoji drawings, render them, write training and test shards and a contact sheet."""
+    build_emoji(config)
 
 
 def check(shards: tyro.conf.Positional[tuple[str, ...]], captions: Literal["txt", "several"] = "txt") -> None:

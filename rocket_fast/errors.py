@@ -12,6 +12,10 @@ class MissingExtra(ImportError):
     """An optional package is not installed."""
 
 
+class Failed(RuntimeError):
+    """Something outside the program went wrong; the message says what and what to do."""
+
+
 def require(condition: bool, argument: str, got: object, expected: str) -> None:
     """Raise ``InvalidArgument("argument: got ..., expected ...")``, a ValueError, unless ``condition`` holds."""
     if not condition:

@@ -171,29 +171,41 @@ VARIANTS: dict[str, Callable[[TrainConfig, Source], TrainConfig]] = {
 }
 
 
+DEMO_TESTS = ("heldout", "openmoji", "unseen")
+"""Names held out of every vendor; a vendor never trained on; that vendor's drawings of held-out names."""
+
+
 def demo() -> TrainConfig:
     """The improved recipe on emoji drawings: two CPU cores, about five minutes."""
     drawings = "data/emoji"
+    weak = ViewConfig(
+        size=32, scale=(0.6, 1.0), ratio=(1 / 1.1, 1.1), rotate_degrees=10, shear_degrees=5,
+        jitter=(0.2, 0.0, 0.0, 0.0), jitter_prob=1.0, gray_prob=0.2, color_matrix_std=0.15, color_shift=0.1,
+    )  # fmt: skip
+    strong = ViewConfig(
+        size=32, scale=(0.4, 1.0), rotate_degrees=25, shear_degrees=15, flip_prob=0.5, blur_prob=0.3, blur_sigma=(0.3, 1.2),
+        jitter=(0.2, 0.0, 0.0, 0.0), jitter_prob=1.0, gray_prob=0.2, color_matrix_std=0.3, color_shift=0.1,
+    )  # fmt: skip
     return TrainConfig(
         name="demo",
         data=DataConfig(
             train=(f"{drawings}/train-*.tar", f"{drawings}/val-*.tar"), batch_size=256, workers=1, captions="several"
         ),
-        image=recipe_augment(size=32, strong_views=1),
-        text=TextAugmentConfig(),
+        image=ImageAugmentConfig(weak=weak, strong=(strong,)),
+        text=TextAugmentConfig(
+            stopword_prob=0.0, synonym=0.0, swap=0.25, deletion=0.25, identity=0.5, deletion_word_prob=0.2
+        ),
         model=CLIPConfig(
-            vision=ConvStemViTConfig(),
+            vision=ConvStemViTConfig(stem_widths=(32, 64, 128), stem_blocks=(1, 1, 2), width=128),
             text=TextConfig(width=128, layers=2, heads=4, context_length=32),
-            embed_dim=128,
+            embed_dim=256,
             h_head=MLPHeadConfig(hidden=512),
         ),
-        loss=LossConfig(label_smoothing=0.1, reduction="sum"),
-        optim=OptimConfig(lr=2e-3, weight_decay=0.1),
-        loop=LoopConfig(epochs=20, eval_every_epochs=0, checkpoint_every=200),
+        loss=LossConfig(label_smoothing=0.1, reduction="avg"),
+        optim=OptimConfig(lr=2e-3, weight_decay=0.1, warmup_epochs=3, end_lr=2e-5),
+        loop=LoopConfig(epochs=30, eval_every_epochs=0, checkpoint_every=200, weight_average=0.99),
         eval=EvalConfig(
-            sets=tuple(
-                EvalSet(name=name, shards=(f"{drawings}/{name}-*.tar",)) for name in ("heldout", "openmoji", "unseen")
-            ),
+            sets=tuple(EvalSet(name=name, shards=(f"{drawings}/{name}-*.tar",)) for name in DEMO_TESTS),
             pixel_baseline=True,
         ),
     )
@@ -202,7 +214,13 @@ def demo() -> TrainConfig:
 def demo_clip() -> TrainConfig:
     """The plain recipe on the demo's data, network and time."""
     base = demo()
-    return replace(plain_clip(base), model=replace(base.model, h_head=None))
+    return replace(
+        plain_clip(base),
+        image=replace(base.image, strong=()),
+        model=replace(base.model, h_head=None),
+        loop=replace(base.loop, epochs=2 * base.loop.epochs),  # half the views a sample
+        optim=replace(base.optim, warmup_epochs=2 * base.optim.warmup_epochs),
+    )
 
 
 def debug() -> TrainConfig:

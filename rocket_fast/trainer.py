@@ -30,7 +30,7 @@ from rocket_fast.checkpoint import CheckpointFolder, load_checkpoint
 from rocket_fast.config import TrainConfig, differences, load_config, provenance, to_plain
 from rocket_fast.device import build_autocast, choose_device
 from rocket_fast.distributed import is_main, rank, world_size
-from rocket_fast.errors import InvalidArgument, optional_import, require
+from rocket_fast.errors import Failed, InvalidArgument, optional_import, require
 from rocket_fast.evaluation import Evaluator, SetResult, result_table
 from rocket_fast.files import write_atomically
 from rocket_fast.image_augment import normalize
@@ -54,7 +54,7 @@ FREE_FIELDS = (
 """Fields that may change between a run and its continuation."""
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(Failed):
     """The loss became NaN or infinite; the weights are those before the bad step."""
 
 

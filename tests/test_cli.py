@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from rocket_fast import presets
+from rocket_fast import cli, presets
 from rocket_fast.__main__ import main
 from rocket_fast.config import TrainConfig
+from rocket_fast.errors import Failed
 
 
 def test_help_lists_commands_and_every_option_with_its_meaning(capsys):
@@ -33,6 +34,10 @@ def test_help_lists_commands_and_every_option_with_its_meaning(capsys):
     ):
         assert option in text
     assert "Peak learning rate" in text
+    for command in (["data"], ["data", "emoji"], ["data", "check"], ["eval"], ["presets"], ["doctor"]):
+        with pytest.raises(SystemExit) as left:
+            main([*command, "--help"])
+        assert left.value.code == 0, command
     assert "0.003" in text
 
 
@@ -63,6 +68,15 @@ def test_missing_data_is_one_line_with_the_remedy(capsys, tmp_path: Path, monkey
     error = capsys.readouterr().err
     assert "data/emoji" in error
     assert error.count("\n") == 1
+
+
+def test_what_goes_wrong_outside_is_one_line(capsys, monkeypatch):
+    def no_network(config):
+        raise Failed("a package could not be fetched")
+
+    monkeypatch.setattr(cli, "build_emoji", no_network)
+    assert main(["data", "emoji"]) == 1
+    assert capsys.readouterr().err == "rocket-fast: a package could not be fetched\n"
 
 
 def test_presets_prints_the_recipe_with_its_cost(capsys):
