@@ -13,7 +13,7 @@ from itertools import product
 
 from rocket_fast.config import EvalConfig, EvalSet, LoopConfig, TrainConfig
 from rocket_fast.errors import require
-from rocket_fast.image_augment import plain_augment, recipe_augment
+from rocket_fast.image_augment import ImageAugmentConfig, ViewConfig, plain_augment, recipe_augment
 from rocket_fast.loaders.base import DataConfig
 from rocket_fast.losses import LossConfig
 from rocket_fast.models.clip import CLIPConfig
@@ -183,8 +183,9 @@ def demo() -> TrainConfig:
         jitter=(0.2, 0.0, 0.0, 0.0), jitter_prob=1.0, gray_prob=0.2, color_matrix_std=0.15, color_shift=0.1,
     )  # fmt: skip
     strong = ViewConfig(
-        size=32, scale=(0.4, 1.0), rotate_degrees=25, shear_degrees=15, flip_prob=0.5, blur_prob=0.3, blur_sigma=(0.3, 1.2),
+        size=32, scale=(0.4, 1.0), rotate_degrees=25, shear_degrees=15, flip_prob=0.5,
         jitter=(0.2, 0.0, 0.0, 0.0), jitter_prob=1.0, gray_prob=0.2, color_matrix_std=0.3, color_shift=0.1,
+        blur_prob=0.3, blur_sigma=(0.3, 1.2),
     )  # fmt: skip
     return TrainConfig(
         name="demo",
