@@ -15,4 +15,7 @@ packages = [
     for name in [installed, *(f"{installed}.{sub}" for sub in find_packages(folder))]
 ]
 
-setup(packages=packages, package_dir=package_dir, package_data={"rocket_fast": ["py.typed", "data/*"]})
+# What the package reads. Files that only the sdist has (MANIFEST.in), such as the tables' build script, stay out.
+package_data = {"rocket_fast": ["py.typed", "data/*.npy", "data/*.txt", "data/*.txt.xz", "data/*_LICENSE"]}
+
+setup(packages=packages, package_dir=package_dir, package_data=package_data, include_package_data=False)

@@ -80,11 +80,10 @@ class Loader(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalBatch:
-    """Pictures to evaluate on: ``images`` uint8 (B, 3, S, S), and per picture its caption, .json ({} if none), key."""
+    """Pictures to evaluate on: ``images`` uint8 (B, 3, S, S), and per picture its caption and key."""
 
     images: Tensor
     captions: tuple[str, ...]
-    metadata: tuple[dict[str, Any], ...]
     keys: tuple[str, ...]
 
 

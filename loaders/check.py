@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
+from rocket_fast.errors import require
 from rocket_fast.loaders.base import BadSampleError
 from rocket_fast.loaders.cpu import decode_image, read_caption, read_captions
 from rocket_fast.loaders.shards import ShardSet
 
 EXAMPLES = 3
+_AHEAD = 64  # samples submitted ahead for each thread; those of a whole data set at once would fill the memory
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +41,10 @@ def check_shards(
 
     Raises ``ValueError`` naming pattern and path for a shard that is missing or cannot be read.
     """
+    require(workers >= 1, "workers", workers, "a number >= 1")
     shards = ShardSet(patterns, caption="txt" if captions == "txt" else "json")
     skipped, examples = Counter(shards.skipped), defaultdict[str, list[str]](list)
-    pixels: list[int] = []
+    usable, smallest, largest = 0, 0, 0
 
     def look(index: int) -> tuple[str, str | int]:
         key = f"sample {index}"
@@ -54,13 +58,31 @@ def check_shards(
         return key, image.shape[0] * image.shape[1]
 
     with ThreadPoolExecutor(workers) as pool:
-        for done, (key, found) in enumerate(pool.map(look, range(len(shards))), start=1):
+        for done, (key, found) in enumerate(_bounded_map(pool, look, len(shards), workers * _AHEAD), start=1):
             advance(done, len(shards))
             if isinstance(found, int):
-                pixels.append(found)
+                usable += 1
+                smallest, largest = min(smallest or found, found), max(largest, found)
                 continue
             skipped[found] += 1
             if len(examples[found]) < EXAMPLES:
                 examples[found].append(key)
-    extent = (min(pixels), max(pixels)) if pixels else None
-    return CheckReport(usable=len(pixels), skipped=skipped, examples=dict(examples), pixels=extent)
+    extent = (smallest, largest) if usable else None
+    return CheckReport(usable=usable, skipped=skipped, examples=dict(examples), pixels=extent)
+
+
+def _bounded_map(
+    pool: ThreadPoolExecutor, function: Callable[[int], _Result], count: int, ahead: int
+) -> Iterator[_Result]:
+    """``function(0) ... function(count - 1)`` in order, no more than ``ahead`` of them submitted and not yet taken."""
+    pending: deque[Future[_Result]] = deque()
+    try:
+        for index in range(count):
+            if len(pending) == ahead:
+                yield pending.popleft().result()
+            pending.append(pool.submit(function, index))
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()

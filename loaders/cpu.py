@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -121,23 +121,16 @@ def read_caption(text: bytes | None) -> str:
     return caption
 
 
-def read_json(data: bytes | None) -> dict[str, Any]:
-    """The object in a .json member, {} if there is none; BadSampleError if it is anything else."""
-    try:
-        value = json.loads(data) if data is not None else {}
-    except (ValueError, RecursionError) as error:
-        raise BadSampleError("json cannot be read") from error
-    if not isinstance(value, dict):
-        raise BadSampleError("json is no object")
-    return value
-
-
 def read_captions(data: bytes | None) -> list[str]:
     """The non-empty texts of the list ``captions`` in a .json member; BadSampleError if there is none."""
-    value = read_json(data).get("captions")
-    if not isinstance(value, list):
+    try:
+        value = json.loads(data or b"")
+    except (ValueError, RecursionError) as error:
+        raise BadSampleError("json cannot be read") from error
+    listed = value.get("captions") if isinstance(value, dict) else None
+    if not isinstance(listed, list):
         raise BadSampleError('no list "captions" in json')
-    captions = [text.strip() for text in value if isinstance(text, str) and text.strip()]
+    captions = [text.strip() for text in listed if isinstance(text, str) and text.strip()]
     if not captions:
         raise BadSampleError("empty caption")
     return captions
@@ -145,9 +138,9 @@ def read_captions(data: bytes | None) -> list[str]:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """What a thread made besides the pixels: per view the token ids of its samples, their keys, ``Batch.valid``."""
+    """What a thread made besides the pixels: per view the captions of its samples, their keys, ``Batch.valid``."""
 
-    ids: list[list[list[int]]]
+    texts: list[PackedText]
     keys: list[str]
     valid: list[bool]
     skipped: Counter[str]
@@ -268,7 +261,7 @@ class CPULoader:
             self._render(sample.key, epoch, pixels, [out[slot] for out in outs])
             for view, collected in enumerate(texts):
                 collected.append(self._caption(sample.key, epoch, captions, view))
-        return _Chunk([self.tokenizer.encode(view_texts) for view_texts in texts], keys, valid, skipped)
+        return _Chunk([self.tokenizer.pack(view_texts) for view_texts in texts], keys, valid, skipped)
 
     def _usable(self, order: np.ndarray, place: int) -> tuple[RawSample, np.ndarray, list[str], str | None]:
         """The sample at ``place``; if it is bad, a substitute and the reason."""
@@ -304,10 +297,9 @@ class CPULoader:
 
 def _finish(pending: _Pending) -> tuple[Batch, Counter[str]]:
     chunks = [future.result() for future in pending.chunks]
-    views = range(len(pending.images))
     batch = Batch(
         images=pending.images,
-        texts=tuple(PackedText.from_ids([ids for chunk in chunks for ids in chunk.ids[view]]) for view in views),
+        texts=tuple(PackedText.cat(parts) for parts in zip(*(chunk.texts for chunk in chunks), strict=True)),
         keys=tuple(key for chunk in chunks for key in chunk.keys),
         valid=torch.tensor([valid for chunk in chunks for valid in chunk.valid]),
     )
@@ -315,15 +307,22 @@ def _finish(pending: _Pending) -> tuple[Batch, Counter[str]]:
 
 
 def iter_eval(
-    patterns: Sequence[str], size: int, batch_size: int, *, workers: int = 2, pixel_limit: int = 100_000_000
+    patterns: Sequence[str],
+    size: int,
+    batch_size: int,
+    *,
+    captions: Literal["txt", "several"] = "txt",
+    workers: int = 2,
+    pixel_limit: int = 100_000_000,
 ) -> Iterator[EvalBatch]:
     """All pictures of the shards once, in order: shorter side resized to ``size`` (bicubic, antialiased), centre crop.
 
+    ``captions`` is where they are read, as in ``DataConfig``: the .txt members, or the first of each list of several.
     Samples that cannot be used are left out, and a warning at the end says how many and why. Raises ValueError for
     shards that cannot be read. Closing the iterator ends its threads.
     """
     _codecs()
-    shards = ShardSet(patterns, metadata=True)
+    shards = ShardSet(patterns, caption="txt" if captions == "txt" else "json")
     skipped = Counter(shards.skipped)
     with ThreadPoolExecutor(workers, thread_name_prefix="rocket-fast-eval") as pool:
         pending: deque[list[Future[_EvalSample | str]]] = deque()
@@ -349,7 +348,6 @@ def iter_eval(
 class _EvalSample(NamedTuple):
     image: np.ndarray
     caption: str
-    metadata: dict[str, Any]
     key: str
 
 
@@ -361,11 +359,12 @@ def _eval_sample(shards: ShardSet, index: int, size: int, pixel_limit: int) -> _
         image = np.empty((3, size, size), np.uint8)
         params = centre_view(pixels.shape[0], pixels.shape[1], size)
         _codecs().augment.render_view(pixels, params, image)
-        return _EvalSample(image, read_caption(raw.text), read_json(raw.json), raw.key)
+        caption = read_caption(raw.text) if raw.json is None else read_captions(raw.json)[0]
+        return _EvalSample(image, caption, raw.key)
     except BadSampleError as error:
         return error.reason
 
 
 def _eval_batch(samples: list[_EvalSample]) -> EvalBatch:
-    images, captions, metadata, keys = zip(*samples, strict=True)
-    return EvalBatch(images=torch.from_numpy(np.stack(images)), captions=captions, metadata=metadata, keys=keys)
+    images, captions, keys = zip(*samples, strict=True)
+    return EvalBatch(images=torch.from_numpy(np.stack(images)), captions=captions, keys=keys)

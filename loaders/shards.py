@@ -45,7 +45,7 @@ def expand_patterns(patterns: Sequence[str]) -> list[tuple[Path, str]]:
                 len(paths) > 0,
                 "shards",
                 pattern,
-                "a pattern that some file matches; `rocket-fast data emoji` makes the demo's",
+                "a pattern that some file matches (for the demo: rocket-fast data emoji)",
             )
             for path in map(Path, paths):
                 require(path.is_file(), "shards", pattern, f"existing files, but there is no file {path}")
@@ -61,12 +61,12 @@ class ShardSet:
     and path for a shard that is missing or cannot be read, and if there is no usable sample.
     """
 
-    def __init__(self, patterns: Sequence[str], *, caption: CaptionMember = "txt", metadata: bool = False) -> None:
+    def __init__(self, patterns: Sequence[str], *, caption: CaptionMember = "txt") -> None:
         files = FileCache()
         self.sources: list[TarSource] = []
         for path, pattern in expand_patterns(patterns):
             try:
-                self.sources.append(TarSource(path, files, caption=caption, metadata=metadata))
+                self.sources.append(TarSource(path, files, caption=caption))
             except (OSError, ValueError) as error:
                 raise InvalidArgument(f"shards: {path} (pattern {pattern!r}) cannot be read: {error}") from error
         self.skipped: Counter[str] = sum((source.skipped for source in self.sources), Counter())

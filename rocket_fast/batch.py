@@ -14,11 +14,13 @@ class PackedText:
     """Captions of one view, laid end to end without padding.
 
     ``tokens``: int64 or int32 (T,), the ids of all captions, each from start-of-text to end-of-text.
-    ``lengths``: int64 (B,), how many of them belong to each caption; ``lengths.sum() == T``.
+    ``lengths``: int64 (B,), how many of them belong to each caption; ``lengths.sum() == T``. ``longest``: their
+    largest, known to the host, so that nobody has to ask the device for it.
     """
 
     tokens: Tensor
     lengths: Tensor
+    longest: int
 
     def __len__(self) -> int:
         return self.lengths.shape[0]
@@ -26,28 +28,41 @@ class PackedText:
     @staticmethod
     def from_ids(captions: Sequence[Sequence[int]]) -> PackedText:
         """Pack lists of token ids."""
-        lengths = torch.tensor([len(ids) for ids in captions], dtype=torch.int64)
+        lengths = [len(ids) for ids in captions]
         flat = [token for ids in captions for token in ids]
-        return PackedText(tokens=torch.tensor(flat, dtype=torch.int64), lengths=lengths)
+        return PackedText(
+            tokens=torch.tensor(flat, dtype=torch.int64),
+            lengths=torch.tensor(lengths, dtype=torch.int64),
+            longest=max(lengths, default=0),
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[PackedText]) -> PackedText:
+        """The captions of all parts, in order."""
+        return PackedText(
+            tokens=torch.cat([part.tokens for part in parts]),
+            lengths=torch.cat([part.lengths for part in parts]),
+            longest=max(part.longest for part in parts),
+        )
 
     @staticmethod
     def from_padded(tokens_BL: Tensor) -> PackedText:
         """Pack zero-padded rows (B, L), as open_clip's tokenizer makes them; end-of-text is each row's largest id."""
         lengths = tokens_BL.argmax(dim=1) + 1
         keep_BL = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)[None, :] < lengths[:, None]
-        return PackedText(tokens=tokens_BL[keep_BL], lengths=lengths)
+        return PackedText(tokens=tokens_BL[keep_BL], lengths=lengths, longest=int(lengths.max()))
 
     def padded(self) -> Tensor:
         """Zero-padded ids (B, longest caption)."""
-        longest = int(self.lengths.max())
-        keep_BL = torch.arange(longest, device=self.tokens.device)[None, :] < self.lengths[:, None]
-        out_BL = self.tokens.new_zeros(len(self), longest)
-        out_BL[keep_BL] = self.tokens
-        return out_BL
+        column_L = torch.arange(self.longest, device=self.tokens.device)
+        start_B = self.lengths.cumsum(0) - self.lengths
+        at_BL = (start_B[:, None] + column_L).clamp(max=self.tokens.shape[0] - 1)
+        return self.tokens[at_BL].masked_fill(column_L >= self.lengths[:, None], 0)
 
     def to(self, device: torch.device | str) -> PackedText:
         """The same captions on another device."""
-        return PackedText(tokens=self.tokens.to(device), lengths=self.lengths.to(device))
+        tokens, lengths = (part.to(device, non_blocking=True) for part in (self.tokens, self.lengths))
+        return PackedText(tokens=tokens, lengths=lengths, longest=self.longest)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,8 +110,14 @@ def _cost_table(config: TrainConfig) -> Table:
         "image FLOPs per sample": f"{figures.image_flops / 1e9:.2f} G forward, all views",
         "text FLOPs per sample": f"{figures.text_flops / 1e9:.2f} G forward at {TYPICAL_TOKENS} tokens, "
         f"{figures.text_flops_full / 1e9:.2f} G at full length",
-        "training FLOPs per sample": f"{figures.training_flops / 1e9:.2f} G (3 x forward)",
+        "head FLOPs per sample": f"{figures.head_flops / 1e9:.3f} G forward, all views",
     }
+    training = f"{figures.training_flops / 1e9:.2f} G (3 x forward)"
+    if figures.momentum_parameters:
+        rows["averaged encoder"] = f"{figures.momentum_parameters / 1e6:.1f} M parameters, not trained"
+        rows["its FLOPs per sample"] = f"{figures.momentum_flops / 1e9:.2f} G forward, all views"
+        training = f"{figures.training_flops / 1e9:.2f} G (3 x forward, 1 x averaged encoder's)"
+    rows["training FLOPs per sample"] = training
     for subject, figure in rows.items():
         table.add_row(subject, figure)
     return table
@@ -126,12 +132,15 @@ def emoji(config: Annotated[EmojiConfig, tyro.conf.arg(name="")] = EmojiConfig()
     build_emoji(config)
 
 
-def check(shards: tyro.conf.Positional[tuple[str, ...]], captions: Literal["txt", "several"] = "txt") -> None:
+def check(
+    shards: tyro.conf.Positional[tuple[str, ...]], captions: Literal["txt", "several"] = "txt", workers: int = 2
+) -> None:
     """Read every sample of the given shards as training would; count what would be skipped, and why.
 
     Args:
         shards: Tar files or patterns, such as 'data/emoji/train-*.tar'.
         captions: Where captions are read: the .txt members, or the lists in the .json members.
+        workers: Threads that read and decode.
     """
     from rocket_fast.loaders.check import check_shards
 
@@ -139,7 +148,10 @@ def check(shards: tyro.conf.Positional[tuple[str, ...]], captions: Literal["txt"
     with Progress(TextColumn("check"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
         task = progress.add_task("check")
         report = check_shards(
-            shards, captions=captions, advance=lambda done, total: progress.update(task, completed=done, total=total)
+            shards,
+            captions=captions,
+            workers=workers,
+            advance=lambda done, total: progress.update(task, completed=done, total=total),
         )
     table = Table("", "samples", "for example")
     sizes = "" if report.pixels is None else f"{report.pixels[0]:,} to {report.pixels[1]:,} pixels"

@@ -20,6 +20,8 @@ from rocket_fast.image_augment import ImageAugmentConfig
 from rocket_fast.loaders.base import DataConfig
 from rocket_fast.losses import LossConfig
 from rocket_fast.models.clip import CLIPConfig
+from rocket_fast.models.heads import MLPHeadConfig, SwALIPConfig
+from rocket_fast.models.vision import ConvStemViTConfig, ViTConfig
 from rocket_fast.optim import OptimConfig
 from rocket_fast.text_augment import TextAugmentConfig
 from rocket_fast.version import __version__
@@ -55,6 +57,8 @@ class LoopConfig:
     """Decay per step of an exponential moving average of the weights, used for evaluation; None keeps none."""
 
     def __post_init__(self) -> None:
+        require(self.device in ("auto", "cpu", "cuda"), "loop.device", self.device, "auto, cpu or cuda")
+        require(self.precision in ("auto", "fp32", "bf16"), "loop.precision", self.precision, "auto, fp32 or bf16")
         require(self.epochs >= 1, "loop.epochs", self.epochs, "a number >= 1")
         require(
             self.max_steps is None or self.max_steps >= 1, "loop.max_steps", self.max_steps, "a number >= 1 or None"
@@ -100,7 +104,8 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "eval.batch_size", self.batch_size, "a number >= 1")
-        require(0 <= self.z_weight <= 1, "eval.z_weight", self.z_weight, "a number in [0, 1]")
+        on_grid = 0 <= self.z_weight <= 1 and abs(10 * self.z_weight - round(10 * self.z_weight)) < 1e-9
+        require(on_grid, "eval.z_weight", self.z_weight, "one of 0, 0.1, 0.2 ... 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,17 +119,40 @@ class TrainConfig:
     seed: int = 0
     """Seed of initialisation, order, augmentation and dropout."""
     data: DataConfig
+    """The training pairs and their batches."""
     image: ImageAugmentConfig
+    """The views of a picture."""
     text: TextAugmentConfig | None = None
+    """The augmentation of captions; None leaves them as they are."""
     model: CLIPConfig
+    """The towers and their heads."""
     loss: LossConfig
+    """The contrastive loss."""
     optim: OptimConfig
+    """The optimizer and its schedule."""
     loop: LoopConfig
+    """Length, device, log and checkpoints."""
     eval: EvalConfig = field(default_factory=EvalConfig)
+    """What is measured."""
 
     def __post_init__(self) -> None:
         require(self.name not in ("", ".", "..") and "/" not in self.name, "name", self.name, "a plain folder name")
         require(self.seed >= 0, "seed", self.seed, "a number >= 0")
+        self._check_views()
+
+    def _check_views(self) -> None:
+        """The parts must fit each other: views, heads, picture sizes."""
+        strong, head = len(self.image.strong), self.model.h_head
+        expected = "a head for the strong views (or no image.strong)"
+        require(head is not None or strong == 0, "model.h_head", head, expected)
+        expected = "strong views to train head h on (or model.h_head None)"
+        require(strong > 0 or not isinstance(head, MLPHeadConfig), "image.strong", self.image.strong, expected)
+        pairs = strong >= 2 or not isinstance(self.model.companion, SwALIPConfig)
+        require(pairs, "image.strong", f"{strong} strong views", "2 or more, for SwALIP to label one by another")
+        if isinstance(self.model.vision, ViTConfig | ConvStemViTConfig):
+            side = self.model.vision.image_size
+            for number, view in enumerate(self.image.views):
+                require(view.size == side, f"size of view {number}", view.size, f"model.vision.image_size = {side}")
 
     @property
     def folder(self) -> Path:

@@ -12,6 +12,7 @@ each. Contrast pivots on the mean luma of the view, as there.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 
@@ -198,9 +199,18 @@ def normalize(
     if images.is_floating_point():
         return images
     require(images.dtype == torch.uint8, "images", images.dtype, "uint8, or floating point if already normalised")
-    scale = 1 / (255 * torch.tensor(std, device=images.device))
-    shift = -torch.tensor(mean, device=images.device) / torch.tensor(std, device=images.device)
-    return torch.addcmul(shift[:, None, None], images.to(torch.float32), scale[:, None, None])
+    scale, shift = _scale_and_shift(mean, std, images.device)
+    return torch.addcmul(shift, images.to(torch.float32), scale)
+
+
+@functools.lru_cache(maxsize=64)
+def _scale_and_shift(
+    mean: tuple[float, float, float], std: tuple[float, float, float], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """``normalize``'s factors, (3, 1, 1) each; kept, since sending them to a device makes the host wait for it."""
+    scale = torch.tensor([1 / (255 * s) for s in std], device=device)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
+    return scale[:, None, None], shift[:, None, None]
 
 
 def _between(limits: tuple[float, float], u: float) -> float:

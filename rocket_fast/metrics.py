@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from rocket_fast.errors import optional_import
+from rocket_fast.files import write_atomically
 
 
 class JsonlLog:
@@ -22,7 +23,7 @@ class JsonlLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             lines = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
-            path.write_text("".join(line + "\n" for line in lines))
+            write_atomically(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in lines)))
         self._file = open(path, "a")  # noqa: SIM115 - closed by close()
 
     def write(self, record: dict[str, Any]) -> None:

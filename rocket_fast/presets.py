@@ -180,11 +180,11 @@ def demo() -> TrainConfig:
     drawings = "data/emoji"
     weak = ViewConfig(
         size=32, scale=(0.6, 1.0), ratio=(1 / 1.1, 1.1), rotate_degrees=10, shear_degrees=5,
-        jitter=(0.2, 0.0, 0.0, 0.0), jitter_prob=1.0, gray_prob=0.2, color_matrix_std=0.15, color_shift=0.1,
+        jitter=(0.15, 0.0, 0.0, 0.0), jitter_prob=1.0, gray_prob=0.2, color_matrix_std=0.1, color_shift=0.08,
     )  # fmt: skip
     strong = ViewConfig(
         size=32, scale=(0.4, 1.0), rotate_degrees=25, shear_degrees=15, flip_prob=0.5,
-        jitter=(0.2, 0.0, 0.0, 0.0), jitter_prob=1.0, gray_prob=0.2, color_matrix_std=0.3, color_shift=0.1,
+        jitter=(0.15, 0.0, 0.0, 0.0), jitter_prob=1.0, gray_prob=0.2, color_matrix_std=0.2, color_shift=0.08,
         blur_prob=0.3, blur_sigma=(0.3, 1.2),
     )  # fmt: skip
     return TrainConfig(
@@ -197,7 +197,7 @@ def demo() -> TrainConfig:
             stopword_prob=0.0, synonym=0.0, swap=0.25, deletion=0.25, identity=0.5, deletion_word_prob=0.2
         ),
         model=CLIPConfig(
-            vision=ConvStemViTConfig(stem_widths=(32, 64, 128), stem_blocks=(1, 1, 2), width=128),
+            vision=ConvStemViTConfig(stem_widths=(32, 64, 128), stem_blocks=(0, 1, 2), width=128),
             text=TextConfig(width=128, layers=2, heads=4, context_length=32),
             embed_dim=256,
             h_head=MLPHeadConfig(hidden=512),
@@ -238,6 +238,7 @@ def debug() -> TrainConfig:
             embed_dim=32,
             h_head=MLPHeadConfig(hidden=64),
         ),
+        optim=replace(base.optim, warmup_epochs=0.5),
         loop=replace(base.loop, epochs=2, log_every=5),
     )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rocket_fast.errors import optional_import
+from rocket_fast.errors import optional_import, require
 from rocket_fast.files import write_atomically
 from rocket_fast.zeroshot import Encoded, similarity
 
@@ -18,9 +18,39 @@ def distinct_rows(captions: Sequence[str], most: int) -> Tensor:
     """Indices of up to ``most`` pictures with different captions, spread evenly over the set."""
     first = {caption: row for row, caption in reversed(list(enumerate(captions)))}
     rows = torch.tensor(sorted(first.values()))
-    if len(rows) <= most:
-        return rows
-    return rows[torch.linspace(0, len(rows) - 1, most).round().long()]
+    return rows[_spread(len(rows), most)]
+
+
+class PictureSample:
+    """Pictures to show of a stream too large to keep: of different captions, spread evenly, in bounded memory.
+
+    Takes the first picture of every caption, then of every second new one, every fourth ..., so that it never holds
+    more than twice the number wanted.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._seen: set[str] = set()
+        self._row, self._stride = 0, 1
+        self._kept: list[tuple[int, Tensor]] = []
+
+    def add(self, images_BCHW: Tensor, captions: Sequence[str]) -> None:
+        """Look at the next pictures of the stream."""
+        for image_CHW, caption in zip(images_BCHW, captions, strict=True):
+            if caption not in self._seen:
+                if len(self._seen) % self._stride == 0:
+                    self._kept.append((self._row, image_CHW.clone()))  # a view would hold the whole batch
+                self._seen.add(caption)
+            if len(self._kept) > 2 * self.most:
+                self._kept, self._stride = self._kept[::2], 2 * self._stride
+            self._row += 1
+
+    def chosen(self) -> tuple[Tensor, Tensor]:
+        """Up to ``most`` pictures: their places in the stream (N,), and themselves (N, C, H, W); ValueError if none."""
+        require(len(self._kept) > 0, "pictures", "none", "at least one picture")
+        picks = _spread(len(self._kept), self.most).tolist()
+        rows, images = zip(*(self._kept[pick] for pick in picks), strict=True)
+        return torch.tensor(rows), torch.stack(images)
 
 
 def recall_at_1(pictures: Encoded, texts: Encoded, z_weight: float) -> float:
@@ -50,6 +80,11 @@ def captions_picture(
             text = f"{score:.2f}  {_fit(caption, 38)}"
             canvas.text((left + tile + 12, top + line * (rank + 1)), text, fill=colour, font=font)
     write_atomically(path, lambda temporary: sheet.save(temporary, format="PNG"))
+
+
+def _spread(count: int, most: int) -> Tensor:
+    """Up to ``most`` of the numbers 0 ... count - 1, evenly spread."""
+    return torch.arange(count) if count <= most else torch.linspace(0, count - 1, most).round().long()
 
 
 def _fit(text: str, characters: int) -> str:

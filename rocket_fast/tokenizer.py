@@ -168,7 +168,8 @@ class Tokenizer:
         rows = self.encode(captions)
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         tokens = np.fromiter(chain.from_iterable(rows), np.int64, int(lengths.sum()))
-        return PackedText(tokens=torch.from_numpy(tokens), lengths=torch.from_numpy(lengths))
+        longest = int(lengths.max(initial=0))
+        return PackedText(tokens=torch.from_numpy(tokens), lengths=torch.from_numpy(lengths), longest=longest)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids: lowercase, one space after each word, without start and end of text."""

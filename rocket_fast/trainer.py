@@ -11,13 +11,15 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -31,9 +33,10 @@ from rocket_fast.config import TrainConfig, differences, load_config, provenance
 from rocket_fast.device import build_autocast, choose_device
 from rocket_fast.distributed import is_main, rank, world_size
 from rocket_fast.errors import Failed, InvalidArgument, optional_import, require
-from rocket_fast.evaluation import Evaluator, SetResult, result_table
-from rocket_fast.files import write_atomically
+from rocket_fast.evaluation import Checkpoint, Evaluation, Evaluator, headline, output_path, result_table
+from rocket_fast.files import remove_leftovers, write_atomically
 from rocket_fast.image_augment import normalize
+from rocket_fast.loaders.base import Loader
 from rocket_fast.loaders.cpu import CPULoader
 from rocket_fast.losses import build_loss
 from rocket_fast.metrics import JsonlLog, Stopwatch, TrainingBar
@@ -68,11 +71,11 @@ class Interrupted(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a finished run leaves; ``results`` is empty without evaluation sets and off the main rank."""
+    """What a finished run leaves; ``evaluation`` is None without evaluation sets and off the main rank."""
 
     folder: Path
     step: int
-    results: list[SetResult]
+    evaluation: Evaluation | None
 
 
 def train(config: TrainConfig, *, resume: bool = True) -> TrainResult:
@@ -86,10 +89,10 @@ def train(config: TrainConfig, *, resume: bool = True) -> TrainResult:
         try:
             trainer.fit(stop)
             trainer.write_weights()
-            results = trainer.evaluate()
+            evaluation = trainer.evaluate()
         finally:
             trainer.close()
-        return TrainResult(folder=config.folder, step=trainer.step, results=results)
+        return TrainResult(folder=config.folder, step=trainer.step, evaluation=evaluation)
 
 
 class Trainer:
@@ -107,7 +110,7 @@ class Trainer:
         _check_folder(config, self.checkpoints, resume=resume)
         torch.manual_seed(config.seed)
         self.tokenizer = Tokenizer(context_length=config.model.text.context_length)
-        self.loader = CPULoader(
+        self.loader: Loader = CPULoader(
             config.data,
             config.image,
             config.text,
@@ -122,12 +125,17 @@ class Trainer:
         self.average = _average(self.model, config.loop.weight_average)
         self.evaluator = Evaluator(config, self.tokenizer)
 
-        self.step, self.best_top1 = 0, -1.0
+        self.step, self.saved_step, self.measured_step, self.best_top1 = 0, -1, -1, -1.0
+        self.skipped_in_index = sum(self.loader.skipped.values())  # the same on every rank; the rest is each rank's own
+        self.skipped = self.skipped_before = 0
         self.first_bad_step = torch.full((), math.inf, device=self.device)
         self.recent_keys: deque[tuple[int, tuple[str, ...]]] = deque(maxlen=config.loop.log_every)
         self._load()
+        _require_same_step(self.step)
+        if is_main():
+            remove_leftovers(config.folder)
         _record_run(config)
-        self.parallel = _parallel(self.model, config, self.device)
+        self.parallel = _parallel(self.model, config, self.device, self.say)
         self.log = JsonlLog(config.folder / "metrics.jsonl", resume_step=self.step) if is_main() else None
 
     @property
@@ -136,44 +144,42 @@ class Trainer:
         return self.config.loop.epochs * len(self.loader)
 
     def fit(self, stop: _StopRequest) -> None:
-        """Run the steps that are left."""
+        """Run the steps that are left; at the end a checkpoint of the last step is on disk."""
         last = min(self.total_steps, self.config.loop.max_steps or self.total_steps)
         self.say(self._opening(last))
         with TrainingBar(last, self.step, enabled=is_main()) as bar:
-            watch = Stopwatch()
+            self._evaluate_if_due()  # one that a kill took away
             while self.step < last:
                 self.loader.set_epoch(self.step // len(self.loader))
-                for batch, waited in _timed(self.loader):
-                    output = self.train_step(batch)
-                    watch.add(waited=waited, samples=len(batch) * world_size())
-                    bar.advance()
-                    if self.step % self.config.loop.log_every == 0 or self.step == last:
-                        self._log(output, watch, bar)
-                    if self._agree_to_stop(stop):
-                        self.save()
-                        raise Interrupted(
-                            f"stopped and saved at step {self.step}; the same command continues", stop.signum
-                        )
-                    if self.step == last:
-                        break
-                    if self.step % self.config.loop.checkpoint_every == 0:
-                        self.save()
-                self._end_of_epoch(last)
+                self._run_epoch(last, stop, bar)
+                self._evaluate_if_due()
+        if self.saved_step != self.step:
+            self.save()
 
-    def _agree_to_stop(self, stop: _StopRequest) -> bool:
-        """Whether to stop after this step; ranks hear the signal at different steps, and agree on log steps."""
-        if world_size() == 1:
-            return stop.requested
-        if self.step % self.config.loop.log_every:
-            return False
-        signum = torch.tensor(stop.signum, device=self.device)
-        dist.all_reduce(signum, op=dist.ReduceOp.MAX)
-        stop.signum = int(signum)
-        return stop.signum > 0
+    def _run_epoch(self, last: int, stop: _StopRequest, bar: TrainingBar) -> None:
+        """The rest of the current epoch, up to step ``last``."""
+        watch = Stopwatch()
+        for batch, waited in _timed(self.loader):
+            output = self.train_step(batch)
+            watch.add(waited=waited, samples=len(batch) * world_size())
+            bar.advance()
+            stopping = _agree_to_stop(stop)
+            saving = self.step % self.config.loop.checkpoint_every == 0
+            ending = self.step == last or self.step % len(self.loader) == 0
+            if stopping or saving or ending or self.step % self.config.loop.log_every == 0:
+                self._log(output, watch, bar)  # which is also what keeps a bad step out of every checkpoint
+            if stopping:
+                self.save()
+                raise Interrupted(f"stopped and saved at step {self.step}; the same command continues", stop.signum)
+            if self.step == last:
+                return
+            if saving:
+                self.save()
+                watch = Stopwatch()  # the time it took says nothing of images per second
 
     def train_step(self, batch: Batch) -> LossOutput:
-        """One optimizer step; the update is skipped on the device, without asking it, when the loss is not finite."""
-        self.recent_keys.append((self.step, batch.keys))
+        """One optimizer step; one whose loss or gradients are not finite is skipped without asking the device."""
+        self.recent_keys.append((self.step + 1, batch.keys))
         self.model.train()
         torch.manual_seed(_step_seed(self.config.seed, self.step, rank()))
         batch = batch.to(self.device)
@@ -184,7 +190,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         output.total.backward()
         self.model.freeze_gradients(self.step)
-        self._guard(output.total.detach())
+        output.metrics["grad_norm"] = self._guard(output.total.detach())
         rate = learning_rate(
             self.config.optim, self.step, steps_per_epoch=len(self.loader), total_steps=self.total_steps
         )
@@ -197,25 +203,26 @@ class Trainer:
         self.step += 1
         return output
 
-    def _guard(self, loss: Tensor) -> None:
-        """Remember the first step with a non-finite loss and keep the fused optimizer from using its gradients."""
-        if world_size() > 1:
-            dist.all_reduce(loss)
-        bad = ~torch.isfinite(loss)
-        self.first_bad_step = torch.where(bad, self.first_bad_step.clamp(max=self.step), self.first_bad_step)
+    def _guard(self, loss: Tensor) -> Tensor:
+        """Remember the first step whose loss or gradients are not finite, and keep the fused optimizer from them.
+
+        Both are the same on every rank: the loss is of the gathered batch, the gradients are averaged. Gives the norm.
+        """
+        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        bad = ~torch.isfinite(loss + norm)
+        self.first_bad_step = torch.where(bad, self.first_bad_step.clamp(max=self.step + 1), self.first_bad_step)
         self.optimizer.grad_scale = None  # type: ignore[attr-defined]
         self.optimizer.found_inf = torch.isfinite(self.first_bad_step).float()  # type: ignore[attr-defined]
+        return norm
 
     def _log(self, output: LossOutput, watch: Stopwatch, bar: TrainingBar) -> None:
         if torch.isfinite(self.first_bad_step):
             raise NonFiniteLoss(self._dump_non_finite(output))
         record: dict[str, Any] = {"step": self.step, "epoch": self.step / len(self.loader)}
         record |= {"loss": output.total.item()} | {name: value.item() for name, value in output.metrics.items()}
-        record |= {
-            "lr": self.optimizer.param_groups[0]["lr"],
-            **watch.read(),
-            "skipped": sum(self.loader.skipped.values()),
-        }
+        self.skipped = self.skipped_before + _over_ranks(sum(self.loader.skipped.values()) - self.skipped_in_index)
+        skipped = self.skipped_in_index + self.skipped
+        record |= {"lr": self.optimizer.param_groups[0]["lr"], **watch.read(), "skipped": skipped}
         bar.show(record)
         if self.log is not None:
             self.log.write(record)
@@ -233,42 +240,53 @@ class Trainer:
         path = self.config.folder / f"nonfinite-rank{rank()}.json"
         write_atomically(path, lambda temporary: temporary.write_text(json.dumps(dump, indent=1)))
         return (
-            f"the loss was not finite at step {bad_step}. Weights were not updated from that step on; the batch's keys "
-            f"and all metrics are in {path}. Usual remedies: a lower optim.lr, a longer optim.warmup_epochs, "
-            f"loop.precision fp32; the last good checkpoint in {self.checkpoints.folder} is untouched"
+            f"the loss or a gradient was not finite at step {bad_step}. Weights were not updated from that step on; "
+            f"the batch's keys and all metrics are in {path}; the checkpoints in {self.checkpoints.folder} are from "
+            "before. Usual remedies: a lower optim.lr, a longer optim.warmup_epochs, loop.precision fp32"
         )
 
-    def _end_of_epoch(self, last: int) -> None:
-        """Evaluate where the configuration says so; the best score so far keeps its weights in best.pt."""
-        every, steps = self.config.loop.eval_every_epochs, len(self.loader)
-        due = self.step == last or (every > 0 and self.step % (every * steps) == 0)
-        if due and self.config.eval.sets:
-            self.save(best=self._measure())
-        elif self.step == last:
-            self.save()
+    def _evaluate_if_due(self) -> None:
+        """Between the epochs that the configuration names: a checkpoint, then the first set's score, for best.pt.
 
-    def _measure(self) -> bool:
-        top1 = self.evaluator.top1(self.evaluated_model, self.autocast) if is_main() else -1.0
+        The end of the schedule is left to ``evaluate``.
+        """
+        every = self.config.loop.eval_every_epochs * len(self.loader)
+        if not self.config.eval.sets or not every or self.step % every or self.step in (0, self.total_steps):
+            return
+        if self.measured_step != self.step:
+            self.save()  # evaluating may take long, and a kill must not cost the steps before
+            top1 = self.evaluator.top1(self.evaluated_model, self.autocast) if is_main() else -1.0
+            self._keep_if_best(top1)
+
+    def _keep_if_best(self, top1: float) -> None:
+        """Note the score of this step's weights, and keep them in best.pt if no earlier ones were better."""
         if self.log is not None:
             self.log.write({"step": self.step, "zero_shot_top1": top1, "set": self.config.eval.sets[0].name})
         improved = top1 > self.best_top1
-        self.best_top1 = max(self.best_top1, top1)
-        return improved
+        self.best_top1, self.measured_step = max(self.best_top1, top1), self.step
+        self.save(best=improved)
 
     @property
     def evaluated_model(self) -> DualEncoder:
         """The averaged weights where an average is kept, else the trained ones."""
         return self.model if self.average is None else cast(DualEncoder, self.average.module)
 
-    def evaluate(self) -> list[SetResult]:
-        """Evaluate the final weights on every set and print the table."""
+    def evaluate(self) -> Evaluation | None:
+        """Evaluate the present weights on every set and print the table; at the end of the schedule, keep the best.
+
+        None without evaluation sets and off the main rank.
+        """
         if not is_main() or not self.config.eval.sets:
-            return []
-        results = self.evaluator.evaluate(self.evaluated_model, self.autocast, self.config.folder)
-        self.console.print(result_table(results, self.config.eval))
-        pictures = ", ".join(str(self.config.folder / f"captions-{r.name}.png") for r in results)
-        self.say(f"pictures: {pictures}")
-        return results
+            return None
+        folder = self.config.folder
+        evaluation = self.evaluator.evaluate(
+            self.evaluated_model, self.autocast, folder, checkpoint="last", step=self.step
+        )
+        self.console.print(result_table(evaluation, self.config.eval))
+        self.say("pictures: " + ", ".join(str(output_path(folder, "last", each.name)) for each in evaluation.sets))
+        if self.step == self.total_steps and self.measured_step != self.step:
+            self._keep_if_best(headline(evaluation, self.config.eval))
+        return evaluation
 
     def write_weights(self) -> None:
         """Write ``weights.safetensors``: the weights to use, without what training needs beside them."""
@@ -282,8 +300,11 @@ class Trainer:
         """Write a checkpoint: everything that the next step depends on."""
         if torch.isfinite(self.first_bad_step) or not is_main():
             return  # never put a checkpoint after a bad step in the place of a good one
+        self.saved_step = self.step
         state = {
             "step": self.step,
+            "measured_step": self.measured_step,
+            "skipped": self.skipped,
             "config": json.dumps(to_plain(self.config)),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -297,7 +318,8 @@ class Trainer:
         state = self.checkpoints.load_latest(map_location=self.device)
         if state is None:
             return
-        self.step, self.best_top1 = state["step"], state["best_top1"]
+        self.step, self.saved_step, self.measured_step = state["step"], state["step"], state["measured_step"]
+        self.best_top1, self.skipped, self.skipped_before = state["best_top1"], state["skipped"], state["skipped"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.loader.load_state_dict(state["loader"])
@@ -330,7 +352,7 @@ class Trainer:
             self.log.close()
 
 
-def evaluate_run(folder: Path, checkpoint: Literal["last", "best"]) -> list[SetResult]:
+def evaluate_run(folder: Path, checkpoint: Checkpoint) -> Evaluation:
     """Evaluate a run's last or best checkpoint on its configuration's sets; files go into the run's folder."""
     config = load_config(folder)
     require(len(config.eval.sets) > 0, "eval.sets", config.eval.sets, "at least one set in the run's configuration")
@@ -351,7 +373,8 @@ def evaluate_run(folder: Path, checkpoint: Literal["last", "best"]) -> list[SetR
     else:
         model.load_state_dict(state["model"])
     evaluator = Evaluator(config, Tokenizer(context_length=config.model.text.context_length))
-    return evaluator.evaluate(model, build_autocast(config.loop.precision, device), folder)
+    autocast = build_autocast(config.loop.precision, device)
+    return evaluator.evaluate(model, autocast, folder, checkpoint=checkpoint, step=state["step"])
 
 
 def _step_seed(seed: int, step: int, of_rank: int) -> int:
@@ -366,19 +389,23 @@ def _average(model: DualEncoder, decay: float | None) -> AveragedModel | None:
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
-def _parallel(model: DualEncoder, config: TrainConfig, device: torch.device) -> nn.Module:
+def _parallel(model: DualEncoder, config: TrainConfig, device: torch.device, say: Callable[[str], None]) -> nn.Module:
     """The model as it is called in a step: towers compiled, batch norm synchronised, gradients averaged over ranks."""
     if config.loop.compile:
-        model.visual.compile()
-        model.text.compile(dynamic=True)
+        for encoder in (model, model.momentum):
+            if encoder is not None:
+                encoder.visual.compile()
+                encoder.text.compile(dynamic=True)
     if world_size() == 1:
         return model
     if device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    elif any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        say("batch norm takes each process's own statistics: torch synchronises it on CUDA only")
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
-def _timed(loader: CPULoader) -> Iterator[tuple[Batch, float]]:
+def _timed(loader: Loader) -> Iterator[tuple[Batch, float]]:
     """Batches with the seconds that the loop waited for each."""
     iterator = iter(loader)
     while True:
@@ -393,7 +420,7 @@ def _check_folder(config: TrainConfig, checkpoints: CheckpointFolder, *, resume:
     """Refuse a folder that holds checkpoints of another run (of any run, unless ``resume``)."""
     if not checkpoints.step_paths():
         return
-    require(resume, "out/name", str(config.folder), "a folder without a run in it, or no --no-resume to continue it")
+    require(resume, "out/name", str(config.folder), "a folder without a run in it, or --resume to continue this one")
     changed = [d for d in differences(load_config(config.folder), config) if d.split(":")[0] not in FREE_FIELDS]
     require(not changed, "config", changed, f"what {config.folder} was started with, or another --name for a new run")
 
@@ -417,7 +444,8 @@ def _process_group(config: TrainConfig) -> Iterator[None]:
     device = choose_device(config.loop.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    # Ranks wait for the main one while it evaluates; gloo beside NCCL keeps small exchanges off the device.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
     try:
         yield
     finally:
@@ -425,30 +453,52 @@ def _process_group(config: TrainConfig) -> Iterator[None]:
 
 
 class _StopRequest:
-    """Set by the first SIGINT or SIGTERM."""
+    """``signum`` of the first SIGINT or SIGTERM, 0 until there is one."""
 
-    requested = False
     signum = 0
 
 
 @contextlib.contextmanager
 def _stop_requests() -> Iterator[_StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request to stop after this step; a second one acts at once."""
+    """Turn SIGINT or SIGTERM into a request to stop after this step; a second SIGINT acts at once, a SIGTERM does not.
+
+    Schedulers and launchers often send the same SIGTERM twice.
+    """
     stop = _StopRequest()
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        stop.requested, stop.signum = True, signum
-        restore()
-
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def note(signum: int, frame: FrameType | None) -> None:
+        if stop.signum == 0:
+            print("stopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+        stop.signum = stop.signum or signum
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
 
     for number in before:
         signal.signal(number, note)
     try:
         yield stop
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _agree_to_stop(stop: _StopRequest) -> bool:
+    """Whether any rank was asked to stop; all learn of it in the same step."""
+    stop.signum = _over_ranks(stop.signum, dist.ReduceOp.MAX)
+    return stop.signum > 0
+
+
+def _over_ranks(value: int, operation: Any = dist.ReduceOp.SUM) -> int:
+    """A number combined over all ranks, exchanged between hosts."""
+    if world_size() == 1:
+        return value
+    combined = torch.tensor(value)
+    dist.all_reduce(combined, op=operation)
+    return int(combined)
+
+
+def _require_same_step(step: int) -> None:
+    """Ranks that read different checkpoints (a disk of their own, a damaged file) would train nonsense."""
+    least, most = _over_ranks(step, dist.ReduceOp.MIN), _over_ranks(step, dist.ReduceOp.MAX)
+    if least != most:
+        raise Failed(f"the processes found checkpoints of steps {least} to {most}: do they share the run's folder?")

@@ -1,6 +1,7 @@
 """Configuration trees: JSON there and back, damage named by its place, differences told leaf by leaf."""
 
 import copy
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from rocket_fast.config import (
     provenance,
     to_plain,
 )
+from rocket_fast.models.heads import SwALIPConfig
 from rocket_fast.presets import preset
 
 
@@ -26,6 +28,23 @@ def test_types_come_back_as_they_were():
     assert isinstance(back.out, Path)
     assert isinstance(back.data.train, tuple)
     assert type(back.model.vision) is type(config.model.vision)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: replace(c, model=replace(c.model, h_head=None)), "model.h_head: got None"),
+        (lambda c: replace(c, image=replace(c.image, strong=())), "image.strong: got"),
+        (lambda c: replace(c, model=replace(c.model, companion=SwALIPConfig())), "image.strong: got '1 strong views'"),
+        (
+            lambda c: replace(c, image=replace(c.image, weak=replace(c.image.weak, size=64))),
+            "size of view 0: got 64, expected model.vision.image_size = 32",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_each_other_are_refused(change, message: str):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        change(preset("demo"))
 
 
 def test_unknown_and_wrong_fields_are_named_by_their_place():
@@ -68,6 +87,9 @@ def test_provenance_says_what_ran():
     [
         (lambda: LoopConfig(epochs=0), "loop.epochs: got 0"),
         (lambda: LoopConfig(weight_average=1.0), "loop.weight_average: got 1.0"),
+        (lambda: LoopConfig(precision="fp16"), "loop.precision: got 'fp16'"),
+        (lambda: LoopConfig(device="tpu"), "loop.device: got 'tpu'"),
+        (lambda: EvalConfig(z_weight=0.25), "eval.z_weight: got 0.25"),
         (lambda: LoopConfig(keep_checkpoints=0), "loop.keep_checkpoints: got 0"),
         (lambda: EvalSet(name="x", shards=()), "shards of evaluation set x: got"),
         (lambda: EvalSet(name="x", shards=("a",), templates=("a photo",)), "template of x: got 'a photo'"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RawSample:
-    """One sample's undecoded bytes, under ``key`` (``shard/key``); ``text`` and ``json`` are None where not kept."""
+    """One sample's undecoded bytes, under ``key`` (``shard/key``); the caption is in ``text`` or in ``json``."""
 
     key: str
     image: bytes

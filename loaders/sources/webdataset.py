@@ -45,26 +45,26 @@ class FileCache:
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
         """Up to ``size`` bytes from ``offset`` on; fewer where the file ends."""
-        return os.pread(self._open(path).descriptor, size, offset)
+        file = self._open(path)  # held until pread returns: another thread's read may put it out of the cache meanwhile
+        return os.pread(file.descriptor, size, offset)
 
 
 class TarSource:
-    """One tar, indexed: sample i's image and, if they are wanted, its text and json bytes.
+    """One tar, indexed: sample i's image and its text or json bytes.
 
-    ``caption`` is the member that a sample must have besides its image; ``metadata`` keeps a .json where there is one.
+    ``caption`` is the member that a sample must have besides its image; other members are ignored.
     Raises ValueError if the file is not a tar, OSError if it cannot be read. ``skipped`` counts by reason: samples
     without an image or caption member, members that repeat a name, and a shard whose rest is damaged.
     """
 
-    def __init__(self, path: Path, files: FileCache, *, caption: CaptionMember = "txt", metadata: bool = False) -> None:
+    def __init__(self, path: Path, files: FileCache, *, caption: CaptionMember = "txt") -> None:
         self.path, self.name, self.skipped = path, path.stem, Counter[str]()
         self._files = files
         needed = _TEXT if caption == "txt" else _JSON
-        kept = {_IMAGE, needed} | ({_JSON} if metadata else set())
         rows: dict[str, list[int]] = {}
         for name, offset, size in self._members():
             key, kind = _key_and_kind(name)
-            if kind not in kept:
+            if kind not in (_IMAGE, needed):
                 continue
             row = rows.setdefault(key, [_ABSENT, 0, _ABSENT, 0, _ABSENT, 0])
             if row[2 * kind] == _ABSENT:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rocket_fast.batch import PackedText
-from rocket_fast.errors import require
+from rocket_fast.errors import InvalidArgument, require
 from rocket_fast.models.attention import TransformerBlock, run_block
 
 
@@ -81,7 +81,8 @@ class TextTower(nn.Module):
         tokens_BL = text.padded()
         longest = tokens_BL.shape[1]
         limit = self.config.context_length
-        require(longest <= limit, "text", f"a caption of {longest} tokens", f"at most context_length = {limit}")
+        if longest > limit:  # formatting the message only now keeps the compiled tower general in ``longest``
+            raise InvalidArgument(f"text: got a caption of {longest} tokens, expected at most context_length = {limit}")
         dropout = self.config.dropout if strong and self.training else 0.0
 
         x_BLW = self.token_embedding(tokens_BL) + self.positional_embedding[:longest]

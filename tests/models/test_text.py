@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 
 from rocket_fast.batch import PackedText
 from rocket_fast.models.text import TextConfig, TextTower, quick_gelu
@@ -50,8 +51,18 @@ def test_int32_tokens_are_taken():
     torch.testing.assert_close(tower(narrow, strong=False), tower(text, strong=False))
 
 
+def test_compiled_once_for_all_caption_lengths():
+    counter, tower = CompileCounter(), build_tower()
+    compiled = torch.compile(tower, backend=counter, dynamic=True)
+    for longest in (6, 9, 7, 12, 15, 3, 11):
+        text = PackedText.from_ids(captions(2, longest, 4))
+        torch.testing.assert_close(compiled(text, strong=False), tower(text, strong=False))
+    assert counter.frame_count <= 3
+    torch._dynamo.reset()
+
+
 def test_a_caption_longer_than_the_context_is_refused():
-    with pytest.raises(ValueError, match=r"text: got 'a caption of 17 tokens', expected at most context_length = 16"):
+    with pytest.raises(ValueError, match=r"text: got a caption of 17 tokens, expected at most context_length = 16"):
         build_tower()(PackedText.from_ids(captions(17)), strong=False)
 
 

@@ -1,0 +1,55 @@
+"""Files are there whole or not at all, also after a kill."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rocket_fast.files import remove_leftovers, write_atomically
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path):
+    path = tmp_path / "new" / "file"
+    write_atomically(path, lambda temporary: temporary.write_text("old"))
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text("half of the n")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_atomically(path, fail)
+    assert path.read_text() == "old"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_leftovers_of_dead_processes_go_and_everything_else_stays(tmp_path: Path):
+    script = """
+import os, signal, sys
+from pathlib import Path
+from rocket_fast.files import write_atomically
+def killed(temporary):
+    temporary.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+write_atomically(Path(sys.argv[1]), killed)
+"""
+    saved = tmp_path / "checkpoints" / "step-00000001.pt"
+    died = subprocess.Popen([sys.executable, "-c", script, str(saved)])
+    died.wait()
+    leftover = saved.with_name(f".{saved.name}.{died.pid}.tmp")
+    own = tmp_path / f".eval.json.{os.getpid()}.tmp"
+    others = [
+        tmp_path / f".eval.json.{os.getppid()}.tmp",  # a running process's
+        tmp_path / f"eval.json.{died.pid}.tmp",
+        tmp_path / ".eval.json.tmp",
+        tmp_path / f".eval.json.{died.pid}.tmp.png",
+    ]
+    for path in (own, *others):
+        path.write_text("x")
+    assert leftover.exists()
+    remove_leftovers(tmp_path)
+    assert not leftover.exists()
+    assert not own.exists()
+    assert all(path.exists() for path in others)
+    remove_leftovers(tmp_path / "nowhere")
