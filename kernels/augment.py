@@ -126,11 +126,16 @@ def _clip(value: float) -> float:
 
 @_jit
 def _warp(source: np.ndarray, window: Four, warp: Four, flip: bool, view: np.ndarray) -> None:
-    """Rotated or sheared window: bilinear, averaged over points at most 1.5 source pixels apart; edges are repeated."""
+    """Rotated, sheared or zoomed-out window: bilinear, averaged over points at most 1.5 source pixels apart.
+
+    Outside the picture its edges are repeated.
+    """
     H, W = source.shape[0], source.shape[1]
     h, w = view.shape[1], view.shape[2]
     top, left, height, width = window
-    points_y, points_x = max(1, int(np.ceil(height / h / 1.5))), max(1, int(np.ceil(width / w / 1.5)))
+    stretch_x, stretch_y = np.hypot(warp[0], warp[2]), np.hypot(warp[1], warp[3])
+    points_y = max(1, int(np.ceil(height / h * stretch_y / 1.5)))
+    points_x = max(1, int(np.ceil(width / w * stretch_x / 1.5)))
     step_y, step_x = np.float32(height / (h * points_y)), np.float32(width / (w * points_x))
     half_y, half_x = np.float32((height - step_y) / 2), np.float32((width - step_x) / 2)
     centre_y, centre_x = np.float32(top + height / 2 - 0.5), np.float32(left + width / 2 - 0.5)

@@ -38,7 +38,7 @@ _TURN = np.linalg.inv(_YIQ) @ np.array([(0.0, 0.0, 0.0), (0.0, 0.0, 1.0), (0.0, 
 _CROP_TRIES = 10  # as torchvision's RandomResizedCrop
 # Every decision has its own place among a view's uniform numbers, so switching one off leaves the others as they were.
 _AT_CROP, _AT_PLACE, _AT_FLIP, _AT_JITTER, _AT_GRAY = 0, 20, 22, 23, 28
-_AT_BLUR, _AT_SOLARIZE, _AT_WARP, _AT_ERASE, _AT_SHIFT, _UNIFORMS = 29, 31, 32, 35, 40, 43
+_AT_BLUR, _AT_SOLARIZE, _AT_WARP, _AT_ERASE, _AT_SHIFT, _AT_ZOOM, _UNIFORMS = 29, 31, 32, 35, 40, 43, 44
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,8 @@ class ViewConfig:
     """Rotation by up to so many degrees either way; edges of the picture are repeated outwards."""
     shear_degrees: float = 0.0
     """Shear along x and along y by up to so many degrees either way."""
+    zoom_out: float = 1.0
+    """The crop is seen from up to so many times as far, with what lies around it, or its edges repeated outwards."""
     color_matrix_std: float = 0.0
     """Standard deviation of a random 3x3 colour matrix around the identity, about mid-grey; helps on small drawings."""
     color_shift: float = 0.0
@@ -87,6 +89,7 @@ class ViewConfig:
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a probability")
         require(0 <= self.rotate_degrees <= 180, "rotate_degrees", self.rotate_degrees, "0 to 180")
         require(0 <= self.shear_degrees <= 60, "shear_degrees", self.shear_degrees, "0 to 60")
+        require(1 <= self.zoom_out <= 4, "zoom_out", self.zoom_out, "1 to 4")
         require(self.color_matrix_std >= 0, "color_matrix_std", self.color_matrix_std, "a number >= 0")
         require(0 <= self.color_shift <= 1, "color_shift", self.color_shift, "a share of the range, 0 to 1")
 
@@ -233,13 +236,14 @@ def _draw_window(view: ViewConfig, height: int, width: int, u: list[float]) -> t
 
 
 def _draw_warp(view: ViewConfig, u: list[float]) -> tuple[float, float, float, float]:
-    if view.rotate_degrees == 0 and view.shear_degrees == 0:
+    if view.rotate_degrees == 0 and view.shear_degrees == 0 and view.zoom_out == 1:
         return 1.0, 0.0, 0.0, 1.0
+    zoom = view.zoom_out ** u[_AT_ZOOM]  # uniform in its logarithm
     turn = math.radians(view.rotate_degrees) * (2 * u[_AT_WARP] - 1)
     shear_x = math.tan(math.radians(view.shear_degrees) * (2 * u[_AT_WARP + 1] - 1))
     shear_y = math.tan(math.radians(view.shear_degrees) * (2 * u[_AT_WARP + 2] - 1))
-    c, s = math.cos(turn), math.sin(turn)
-    return c - s * shear_y, c * shear_x - s, s + c * shear_y, s * shear_x + c  # rotation @ [[1, x], [y, 1]]
+    c, s = zoom * math.cos(turn), zoom * math.sin(turn)
+    return c - s * shear_y, c * shear_x - s, s + c * shear_y, s * shear_x + c  # zoom rotation @ [[1, x], [y, 1]]
 
 
 def _draw_colour(

@@ -35,6 +35,7 @@ EVERYTHING = ViewConfig(
     solarize_prob=0.2,
     rotate_degrees=20,
     shear_degrees=10,
+    zoom_out=1.3,
     color_matrix_std=0.3,
     color_shift=0.1,
     erase_prob=0.3,
@@ -193,6 +194,13 @@ def test_color_matrix_turns_about_mid_grey_and_the_shift_is_uniform():
     assert np.allclose(grays, grays[0])
 
 
+def test_zooming_out_is_uniform_in_its_logarithm():
+    warps = np.array([draw(ViewConfig(zoom_out=2.0), 8, 8, generator(seed)).warp for seed in range(1500)])
+    assert np.array_equal(warps[:, [1, 2]], np.zeros((1500, 2)))
+    assert np.array_equal(warps[:, 0], warps[:, 3])
+    assert np.allclose(np.quantile(np.log2(warps[:, 0]), [0, 0.5, 1]), [0, 0.5, 1], atol=0.05)
+
+
 def test_a_view_that_does_nothing():
     params = draw(ViewConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0)), 32, 32, generator(0))
     assert params.window == (0.0, 0.0, 32.0, 32.0)
@@ -229,6 +237,7 @@ def test_presets_have_the_recipes_numbers():
         ("jitter", (0.4, 0.4, 0.4, 0.6)),
         ("blur_sigma", (0.0, 1.0)),
         ("rotate_degrees", -1.0),
+        ("zoom_out", 0.5),
         ("color_matrix_std", -0.1),
         ("color_shift", 1.5),
     ],

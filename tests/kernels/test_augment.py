@@ -82,6 +82,16 @@ def test_flip_mirrors_left_right():
     assert (render(source, whole(source, flip=True), 32) == render(source, whole(source), 32)[:, ::-1]).all()
 
 
+def test_zooming_out_shrinks_the_picture_and_repeats_its_edges():
+    source = np.full((32, 32, 3), 255, np.uint8)
+    source[8:24, 8:24] = 0
+    got = render(source, whole(source, warp=(2.0, 0.0, 0.0, 2.0)), 32)
+    assert (got[13:19, 13:19] == 0).all()
+    outside = got.copy()
+    outside[11:21, 11:21] = 255
+    assert (outside == 255).all()
+
+
 def test_colour_matrix_pivot_and_shift_equal_the_formula():
     source = noise(32, 32)  # same size: resizing changes nothing
     matrix = np.array([[0.9, 0.2, -0.1], [0.05, 1.2, 0.0], [-0.2, 0.1, 0.7]])
