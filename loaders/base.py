@@ -35,7 +35,7 @@ class DataConfig:
     drop_last: bool = True
     """Leave out the last, partial global batch of an epoch; False fills it up with samples marked not valid."""
     prefetch: int = 2
-    """Batches made ahead of the trainer."""
+    """Batches made ahead of the trainer; 0 makes each when it is asked for."""
     pixel_limit: int = 100_000_000
     """Larger pictures are skipped before they are decoded (decompression bombs)."""
 
@@ -45,7 +45,7 @@ class DataConfig:
         require(self.batch_size >= 1, "data.batch_size", self.batch_size, "a number >= 1")
         require(self.workers >= 1, "data.workers", self.workers, "a number >= 1")
         require(self.captions in ("txt", "several"), "data.captions", self.captions, "'txt' or 'several'")
-        require(self.prefetch >= 1, "data.prefetch", self.prefetch, "a number >= 1")
+        require(self.prefetch >= 0, "data.prefetch", self.prefetch, "a number >= 0")
         require(self.pixel_limit >= 1, "data.pixel_limit", self.pixel_limit, "a number >= 1")
 
 

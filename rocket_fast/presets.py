@@ -179,11 +179,11 @@ def demo() -> TrainConfig:
     """The improved recipe on emoji drawings: two CPU cores, about five minutes."""
     drawings = "data/emoji"
     weak = ViewConfig(
-        size=32, scale=(0.6, 1.0), ratio=(1 / 1.1, 1.1), rotate_degrees=10, shear_degrees=5,
+        size=32, scale=(0.6, 1.0), ratio=(1 / 1.1, 1.1), rotate_degrees=10, shear_degrees=5, zoom_out=1.4,
         jitter=(0.15, 0.0, 0.0, 0.0), jitter_prob=1.0, gray_prob=0.2, color_matrix_std=0.1, color_shift=0.08,
     )  # fmt: skip
     strong = ViewConfig(
-        size=32, scale=(0.4, 1.0), rotate_degrees=25, shear_degrees=15, flip_prob=0.5,
+        size=32, scale=(0.4, 1.0), rotate_degrees=25, shear_degrees=15, zoom_out=1.5, flip_prob=0.5,
         jitter=(0.15, 0.0, 0.0, 0.0), jitter_prob=1.0, gray_prob=0.2, color_matrix_std=0.2, color_shift=0.08,
         blur_prob=0.3, blur_sigma=(0.3, 1.2),
     )  # fmt: skip
@@ -203,8 +203,8 @@ def demo() -> TrainConfig:
             h_head=MLPHeadConfig(hidden=512),
         ),
         loss=LossConfig(label_smoothing=0.1, reduction="avg"),
-        optim=OptimConfig(lr=2e-3, weight_decay=0.1, warmup_epochs=3, end_lr=2e-5),
-        loop=LoopConfig(epochs=30, eval_every_epochs=0, checkpoint_every=200, weight_average=0.99),
+        optim=OptimConfig(lr=2e-3, weight_decay=0.1, warmup_epochs=2, end_lr=2e-5),
+        loop=LoopConfig(epochs=22, eval_every_epochs=0, checkpoint_every=200, weight_average=0.99),
         eval=EvalConfig(
             sets=tuple(EvalSet(name=name, shards=(f"{drawings}/{name}-*.tar",)) for name in DEMO_TESTS),
             pixel_baseline=True,

@@ -96,7 +96,7 @@ class DualEncoder(nn.Module):
         """
         self._require_views(len(images), len(texts))
         image_features = tuple(self.visual(image) for image in images)
-        text_features = tuple(self.text(text, strong=view > 0) for view, text in enumerate(texts))
+        text_features = encode_captions(self.text, texts)
         image_h, text_h, h_logit_scale = self._strong_embeddings(image_features[1:], text_features[1:])
         return Embeddings(
             image_z=self.image_z(image_features[0]),
@@ -177,6 +177,13 @@ class DualEncoder(nn.Module):
         return dataclasses.replace(outputs, image_v=image_v, text_v=text_v)
 
 
+def encode_captions(tower: TextTower, texts: Sequence[PackedText]) -> tuple[Tensor, ...]:
+    """Features of each view's captions, the weak view first; one pass for all views unless strong ones have dropout."""
+    if tower.config.dropout and tower.training:
+        return tuple(tower(text, strong=view > 0) for view, text in enumerate(texts))
+    return tower(PackedText.cat(texts), strong=False).split([len(text) for text in texts])
+
+
 class MomentumEncoder(nn.Module):
     """BYOLIP's target: copies of the towers and projectors whose parameters are moving averages of the trained ones.
 
@@ -197,7 +204,7 @@ class MomentumEncoder(nn.Module):
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Projections of every view, (B, P) each, no gradient; strong texts have dropout as in the trained tower."""
         image_features = [self.visual(image) for image in images]
-        text_features = [self.text(text, strong=view > 0) for view, text in enumerate(texts)]
+        text_features = encode_captions(self.text, texts)
         return self.image_projector(image_features), self.text_projector(text_features)
 
     @torch.no_grad()

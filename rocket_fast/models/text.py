@@ -1,6 +1,6 @@
 """The text tower: CLIP's causal transformer (Radford et al. 2021, section 2.4), read at end-of-text.
 
-Shapes: B captions, L tokens, W width.
+Shapes: B captions, T tokens of all of them together, W width.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rocket_fast.batch import PackedText
 from rocket_fast.errors import InvalidArgument, require
-from rocket_fast.models.attention import TransformerBlock, run_block
+from rocket_fast.models.attention import PackedLayout, TransformerBlock, run_block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,21 +75,20 @@ class TextTower(nn.Module):
     def forward(self, text: PackedText, *, strong: bool) -> Tensor:
         """Features (B, W); ``strong`` says that this is a strong view, which has dropout in training.
 
-        Captions are padded to the longest of the batch: attention is causal, so tokens after the end change nothing.
-        Raises ``ValueError`` where that exceeds the context length.
+        Only real tokens are computed on, except in attention, which pads captions to the longest of the batch: it is
+        causal, so tokens after the end change nothing. Raises ``ValueError`` where that exceeds the context length.
         """
-        tokens_BL = text.padded()
-        longest = tokens_BL.shape[1]
         limit = self.config.context_length
-        if longest > limit:  # formatting the message only now keeps the compiled tower general in ``longest``
-            raise InvalidArgument(f"text: got a caption of {longest} tokens, expected at most context_length = {limit}")
+        if text.longest > limit:  # formatting the message only now keeps the compiled tower general in lengths
+            raise InvalidArgument(
+                f"text: got a caption of {text.longest} tokens, expected at most context_length = {limit}"
+            )
         dropout = self.config.dropout if strong and self.training else 0.0
-
-        x_BLW = self.token_embedding(tokens_BL) + self.positional_embedding[:longest]
+        layout = PackedLayout.of(text)
+        x_TW = self.token_embedding(text.tokens) + self.positional_embedding[layout.position_T]
         for block in self.blocks:
-            x_BLW = run_block(block, F.dropout(x_BLW, dropout), checkpointing=self.config.checkpointing)
-        rows = torch.arange(len(text), device=x_BLW.device)
-        return self.norm(x_BLW[rows, text.lengths - 1])
+            x_TW = run_block(block, F.dropout(x_TW, dropout), layout, checkpointing=self.config.checkpointing)
+        return self.norm(x_TW[layout.last_B])
 
 
 def _initialize_block(block: TransformerBlock, width: int, layers: int) -> None:
