@@ -22,6 +22,7 @@ from rocket_fast.image_augment import ViewParams
 numba = optional_import("numba", "train")
 
 Four = tuple[float, float, float, float]
+_MARGIN_LEVELS = 8  # what a JPEG's noise stays below
 _LANES = 16
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's "L"; image_augment.LUMA, but numba's cache sees only this file
 
@@ -126,7 +127,7 @@ def _clip(value: float) -> float:
 
 @_jit
 def _warp(source: np.ndarray, window: Four, warp: Four, flip: bool, view: np.ndarray) -> None:
-    """Rotated, sheared or zoomed-out window: bilinear, averaged over points at most 1.5 source pixels apart.
+    """Rotated, sheared or zoomed-out window: bilinear, averaged over points at most 2 source pixels apart.
 
     Outside the picture its edges are repeated.
     """
@@ -134,8 +135,8 @@ def _warp(source: np.ndarray, window: Four, warp: Four, flip: bool, view: np.nda
     h, w = view.shape[1], view.shape[2]
     top, left, height, width = window
     stretch_x, stretch_y = np.hypot(warp[0], warp[2]), np.hypot(warp[1], warp[3])
-    points_y = max(1, int(np.ceil(height / h * stretch_y / 1.5)))
-    points_x = max(1, int(np.ceil(width / w * stretch_x / 1.5)))
+    points_y = max(1, int(np.ceil(height / h * stretch_y / 2)))
+    points_x = max(1, int(np.ceil(width / w * stretch_x / 2)))
     step_y, step_x = np.float32(height / (h * points_y)), np.float32(width / (w * points_x))
     half_y, half_x = np.float32((height - step_y) / 2), np.float32((width - step_x) / 2)
     centre_y, centre_x = np.float32(top + height / 2 - 0.5), np.float32(left + width / 2 - 0.5)
@@ -286,6 +287,43 @@ def _over_white(pixels: np.ndarray, out: np.ndarray) -> None:
             for c in range(3):
                 value = np.int32(pixels[y, x, 2 - c]) * alpha + 255 * (255 - alpha)
                 out[y, x, c] = (value + 127) // 255
+
+
+@_jit
+def _content_box(pixels: np.ndarray) -> tuple[int, int, int, int]:
+    """Top, bottom, left, right of what is not the corner's colour; an empty box (0, 0, 0, 0) if nothing is."""
+    h, w = pixels.shape[0], pixels.shape[1]
+    top, bottom, left, right = h, 0, w, 0
+    for y in range(h):
+        for x in range(w):
+            for c in range(3):
+                if abs(np.int32(pixels[y, x, c]) - np.int32(pixels[0, 0, c])) > _MARGIN_LEVELS:
+                    top, bottom = min(top, y), max(bottom, y + 1)
+                    left, right = min(left, x), max(right, x + 1)
+    if bottom == 0:
+        return 0, 0, 0, 0
+    return top, bottom, left, right
+
+
+def trim_margins(pixels: np.ndarray) -> np.ndarray:
+    """The picture (uint8 (H, W, 3), contiguous) without margins of its corner's colour, kept square where it fits.
+
+    The box around everything that differs by more than 8 grey levels is widened to a square inside the picture, so
+    that proportions stay; a picture of one colour is returned as it is.
+    """
+    top, bottom, left, right = _content_box(pixels)
+    if bottom == 0:
+        return pixels
+    top, bottom = _widen(top, bottom, right - left, pixels.shape[0])
+    left, right = _widen(left, right, bottom - top, pixels.shape[1])
+    return np.ascontiguousarray(pixels[top:bottom, left:right])
+
+
+def _widen(start: int, end: int, wanted: int, limit: int) -> tuple[int, int]:
+    """The range made ``wanted`` long if it is shorter, about its middle, inside [0, limit)."""
+    length = min(max(end - start, wanted), limit)
+    start = min(max(0, (start + end - length) // 2), limit - length)
+    return start, start + length
 
 
 def render_view(source: np.ndarray, params: ViewParams, out: np.ndarray) -> None:

@@ -36,6 +36,8 @@ class DataConfig:
     """Leave out the last, partial global batch of an epoch; False fills it up with samples marked not valid."""
     prefetch: int = 2
     """Batches made ahead of the trainer; 0 makes each when it is asked for."""
+    trim_margins: bool = False
+    """Cut off margins of one colour before any view is made, in evaluation too: drawings on canvases of all sizes."""
     pixel_limit: int = 100_000_000
     """Larger pictures are skipped before they are decoded (decompression bombs)."""
 

@@ -272,7 +272,10 @@ class CPULoader:
             try:
                 sample = self._shards.read(index)
                 captions = [read_caption(sample.text)] if self.data.captions == "txt" else read_captions(sample.json)
-                return sample, decode_image(sample.image, self.data.pixel_limit), captions, reason
+                pixels = decode_image(sample.image, self.data.pixel_limit)
+                if self.data.trim_margins:
+                    pixels = _codecs().augment.trim_margins(pixels)
+                return sample, pixels, captions, reason
             except BadSampleError as error:
                 reason = reason or error.reason
         raise InvalidArgument(
@@ -313,17 +316,20 @@ def iter_eval(
     *,
     captions: Literal["txt", "several"] = "txt",
     workers: int = 2,
+    trim_margins: bool = False,
     pixel_limit: int = 100_000_000,
 ) -> Iterator[EvalBatch]:
     """All pictures of the shards once, in order: shorter side resized to ``size`` (bicubic, antialiased), centre crop.
 
-    ``captions`` is where they are read, as in ``DataConfig``: the .txt members, or the first of each list of several.
+    ``captions`` is where they are read, as in ``DataConfig``: the .txt members, or the first of each list of several;
+    ``trim_margins`` as there.
     Samples that cannot be used are left out, and a warning at the end says how many and why. Raises ValueError for
     shards that cannot be read. Closing the iterator ends its threads.
     """
     _codecs()
     shards = ShardSet(patterns, caption="txt" if captions == "txt" else "json")
     skipped = Counter(shards.skipped)
+    read = functools.partial(_eval_sample, shards, size=size, trim_margins=trim_margins, pixel_limit=pixel_limit)
     with ThreadPoolExecutor(workers, thread_name_prefix="rocket-fast-eval") as pool:
         pending: deque[list[Future[_EvalSample | str]]] = deque()
         starts = iter(range(0, len(shards), batch_size))
@@ -331,7 +337,7 @@ def iter_eval(
             while True:
                 while len(pending) < 2 and (start := next(starts, None)) is not None:
                     indices = range(start, min(start + batch_size, len(shards)))
-                    pending.append([pool.submit(_eval_sample, shards, i, size, pixel_limit) for i in indices])
+                    pending.append([pool.submit(read, i) for i in indices])
                 if not pending:
                     break
                 results = [future.result() for future in pending.popleft()]
@@ -351,11 +357,13 @@ class _EvalSample(NamedTuple):
     key: str
 
 
-def _eval_sample(shards: ShardSet, index: int, size: int, pixel_limit: int) -> _EvalSample | str:
+def _eval_sample(shards: ShardSet, index: int, *, size: int, trim_margins: bool, pixel_limit: int) -> _EvalSample | str:
     """One evaluation sample, or the reason why it cannot be used."""
     try:
         raw = shards.read(index)
         pixels = decode_image(raw.image, pixel_limit)
+        if trim_margins:
+            pixels = _codecs().augment.trim_margins(pixels)
         image = np.empty((3, size, size), np.uint8)
         params = centre_view(pixels.shape[0], pixels.shape[1], size)
         _codecs().augment.render_view(pixels, params, image)

@@ -122,10 +122,18 @@ class Evaluator:
             pixel_gallery=gallery,
         )
 
-    def _read(self, shards: tuple[str, ...], size: int, captions: Literal["txt", "several"]) -> Iterator[EvalBatch]:
-        data, batch_size = self.config.data, self.config.eval.batch_size
+    def _read(
+        self, shards: tuple[str, ...], size: int, captions: Literal["txt", "several"], *, trim_margins: bool = False
+    ) -> Iterator[EvalBatch]:
+        data = self.config.data
         return iter_eval(
-            shards, size, batch_size, captions=captions, workers=data.workers, pixel_limit=data.pixel_limit
+            shards,
+            size,
+            self.config.eval.batch_size,
+            captions=captions,
+            workers=data.workers,
+            trim_margins=trim_margins,
+            pixel_limit=data.pixel_limit,
         )
 
     def _encode(
@@ -133,7 +141,7 @@ class Evaluator:
     ) -> _EncodedSet:
         parts: list[Encoded] = []
         captions: list[str] = []
-        for batch in self._read(chosen.shards, self.size, "txt"):
+        for batch in self._read(chosen.shards, self.size, "txt", trim_margins=self.config.data.trim_margins):
             parts.append(encode_images(model, batch.images, autocast))
             captions += batch.captions
             if shown is not None:

@@ -31,6 +31,7 @@ _MID_GREY = 127.5
 LUMA = (0.299, 0.587, 0.114)
 _YIQ = np.array([LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])  # the 1953 NTSC primaries
 # Saturation s and hue angle t together are GRAY + s (cos t CHROMA + sin t TURN); s = 0 is grayscale.
+_SAME = np.eye(3)
 _GRAY = np.tile(np.array(LUMA), (3, 1))
 _CHROMA = np.eye(3) - _GRAY
 _TURN = np.linalg.inv(_YIQ) @ np.array([(0.0, 0.0, 0.0), (0.0, 0.0, 1.0), (0.0, -1.0, 0.0)]) @ _YIQ
@@ -260,13 +261,13 @@ def _draw_colour(
         angle = 2 * math.pi * view.jitter[3] * (2 * u[_AT_JITTER + 4] - 1)
     if grays:
         chroma = _GRAY
-    elif jitters:
+    elif saturation != 1 or angle != 0:
         chroma = _GRAY + (saturation * math.cos(angle)) * _CHROMA + (saturation * math.sin(angle)) * _TURN
     else:
-        chroma = np.eye(3)
+        chroma = _SAME
     shift = 255 * view.color_shift * (2 * np.array(u[_AT_SHIFT : _AT_SHIFT + 3]) - 1)
     if noise is not None:
-        random = np.eye(3) + view.color_matrix_std * noise
+        random = _SAME + view.color_matrix_std * noise
         shift = chroma @ (shift + _MID_GREY * (1 - random.sum(axis=1)))
         chroma = chroma @ random
     else:

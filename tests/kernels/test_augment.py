@@ -92,6 +92,22 @@ def test_zooming_out_shrinks_the_picture_and_repeats_its_edges():
     assert (outside == 255).all()
 
 
+def test_margins_are_cut_off_and_proportions_stay():
+    source = np.full((40, 60, 3), 250, np.uint8)
+    source[10:20, 30:34] = 0
+    trimmed = augment.trim_margins(source)
+    assert trimmed.shape == (10, 10, 3)
+    assert (trimmed == source[10:20, 27:37]).all()
+    wide = np.full((40, 60, 3), 250, np.uint8)
+    wide[5:10, 2:58] = 0
+    assert augment.trim_margins(wide).shape == (40, 56, 3)  # no square of 56 fits 40 rows
+    corner = np.full((40, 60, 3), 250, np.uint8)
+    corner[38:, 59:] = 0
+    assert augment.trim_margins(corner).shape == (2, 2, 3)
+    noisy = (250 + np.random.default_rng(0).integers(-4, 5, (40, 60, 3))).astype(np.uint8)
+    assert augment.trim_margins(noisy) is noisy
+
+
 def test_colour_matrix_pivot_and_shift_equal_the_formula():
     source = noise(32, 32)  # same size: resizing changes nothing
     matrix = np.array([[0.9, 0.2, -0.1], [0.05, 1.2, 0.0], [-0.2, 0.1, 0.7]])
@@ -149,12 +165,12 @@ def test_quarter_turn_is_rot90():
 def test_warp_equals_bilinear_sampling_in_float64():
     source, angle, size = noise(40, 50), 0.3, 24
     c, s = np.cos(angle), np.sin(angle)
-    window = (3.0, 5.0, 30.0, 42.0)
-    points_y, points_x = 1, 2  # 30 / 24 and 42 / 24 source pixels a view pixel, at most 1.5 between points
+    window = (3.0, 0.5, 30.0, 49.0)
+    points_y, points_x = 1, 2  # 30 / 24 and 49 / 24 source pixels a view pixel, at most 2 between points
     at_y = (np.arange(size * points_y) + 0.5) / (size * points_y) - 0.5
     at_x = (np.arange(size * points_x) + 0.5) / (size * points_x) - 0.5
     dy, dx = np.meshgrid(at_y * window[2], at_x * window[3], indexing="ij")
-    x = (5.0 + 21.0 - 0.5 + c * dx - s * dy).clip(0, 49)
+    x = (0.5 + 24.5 - 0.5 + c * dx - s * dy).clip(0, 49)
     y = (3.0 + 15.0 - 0.5 + s * dx + c * dy).clip(0, 39)
     sampled = cv2.remap(
         source.astype(np.float32),
