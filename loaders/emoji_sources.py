@@ -21,7 +21,7 @@ from typing import Any
 
 from rocket_fast.errors import Failed, MissingExtra, optional_import
 
-KEYWORD_CAPTIONS, MOST_KEYWORDS, NAMED_SHARE = 8, 4, 0.4
+NAME_CAPTIONS, KEYWORD_CAPTIONS, MOST_KEYWORDS, NAMED_SHARE = 16, 8, 4, 0.4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ class Drawing:
 
     @property
     def captions(self) -> list[str]:
-        """What a trainer draws from: one half the name, one half a few keywords in any order, some behind the name.
+        """What a trainer draws from: two thirds the name, the rest a few keywords in any order, some behind the name.
 
         Seeded by the key, so that every build writes the same.
         """
@@ -110,7 +110,7 @@ class Drawing:
         for _ in range(KEYWORD_CAPTIONS):
             words = rng.sample(self.keywords, min(len(self.keywords), rng.randint(1, MOST_KEYWORDS)))
             described.append(" ".join([self.name, *words] if rng.random() < NAMED_SHARE else words))
-        return [self.name] * KEYWORD_CAPTIONS + described
+        return [self.name] * NAME_CAPTIONS + described
 
 
 def _npm_command() -> list[str]:

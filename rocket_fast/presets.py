@@ -209,7 +209,7 @@ def demo() -> TrainConfig:
         ),
         loss=LossConfig(label_smoothing=0.1, reduction="avg"),
         optim=OptimConfig(lr=2e-3, weight_decay=0.1, warmup_epochs=2, end_lr=2e-5),
-        loop=LoopConfig(epochs=24, eval_every_epochs=0, checkpoint_every=300, weight_average=0.99),
+        loop=LoopConfig(epochs=23, eval_every_epochs=0, checkpoint_every=300, weight_average=0.99),
         eval=EvalConfig(
             sets=tuple(EvalSet(name=name, shards=(f"{drawings}/{name}-*.tar",)) for name in DEMO_TESTS),
             pixel_baseline=True,

@@ -380,6 +380,31 @@ def test_iter_eval_takes_the_first_of_several_captions(tmp_path):
     assert [caption for batch in batches for caption in batch.captions] == ["one", "three"]
 
 
+def test_margins_are_trimmed_in_training_and_in_evaluation_where_asked(tmp_path):
+    drawing = colours(20, 20)
+    canvas = np.full((60, 60, 3), 255, np.uint8)
+    canvas[30:50, 5:25] = drawing
+    bare = {"png": encoded(drawing), "txt": b"one"}
+    write_members(tmp_path / "bare.tar", {"a": bare})
+    write_members(tmp_path / "canvas.tar", {"a": {"png": encoded(canvas), "txt": b"one"}})
+    bare_picture, trimmed, whole = (
+        next(iter_eval([f"{tmp_path}/{name}.tar"], 16, 1, trim_margins=trim)).images
+        for name, trim in (("bare", False), ("canvas", True), ("canvas", False))
+    )
+    assert torch.equal(trimmed, bare_picture)
+    assert not torch.equal(whole, bare_picture)
+    view = ImageAugmentConfig(weak=replace(weak_view(16), scale=(1.0, 1.0), ratio=(1.0, 1.0)))
+    data = DataConfig(train=(f"{tmp_path}/canvas.tar",), batch_size=1, trim_margins=True)
+    with opened(data, image=view) as loader:
+        assert torch.equal(next(iter(loader)).images[0], bare_picture)
+
+
+def test_without_prefetching_the_batches_are_the_same(data):
+    with opened(data) as ahead, opened(replace(data, prefetch=0)) as asked:
+        for one, other in zip(ahead, asked, strict=True):
+            assert_same(one, other)
+
+
 def test_closing_iter_eval_leaves_no_threads(data):
     batches = iter_eval(data.train, 8, 5)
     next(batches)

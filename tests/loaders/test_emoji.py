@@ -109,7 +109,7 @@ def test_every_sample_has_picture_name_and_captions(out: Path) -> None:
             assert set(fields) == {"name", "captions", "keywords", "vendor", "codepoint", "licence"}
             assert fields["captions"][0] == fields["name"] == files["txt"].decode()
             described = [caption for caption in fields["captions"] if caption != fields["name"]]
-            assert len(described) == len(fields["captions"]) / 2
+            assert len(described) == len(fields["captions"]) / 3
             assert all(any(word in caption for word in fields["keywords"]) for caption in described)
             assert fields["keywords"] == ["red", "big box", "old"]
             assert key == f"{fields['vendor']}-{fields['codepoint']}"
