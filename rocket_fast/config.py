@@ -103,6 +103,8 @@ class EvalConfig:
     """Also classify by the nearest neighbour on 16 x 16 pixels (data must fit in memory)."""
 
     def __post_init__(self) -> None:
+        names = [each.name for each in self.sets]
+        require(len(set(names)) == len(names), "eval.sets", names, "a name of its own for each set")
         require(self.batch_size >= 1, "eval.batch_size", self.batch_size, "a number >= 1")
         on_grid = 0 <= self.z_weight <= 1 and abs(10 * self.z_weight - round(10 * self.z_weight)) < 1e-9
         require(on_grid, "eval.z_weight", self.z_weight, "one of 0, 0.1, 0.2 ... 1")

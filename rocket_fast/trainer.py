@@ -218,7 +218,7 @@ class Trainer:
     def _log(self, output: LossOutput, watch: Stopwatch, bar: TrainingBar) -> None:
         if torch.isfinite(self.first_bad_step):
             raise NonFiniteLoss(self._dump_non_finite(output))
-        record: dict[str, Any] = {"step": self.step, "epoch": self.step / len(self.loader)}
+        record: dict[str, Any] = {"step": self.step, "epoch": self.step / len(self.loader), "time": time.time()}
         record |= {"loss": output.total.item()} | {name: value.item() for name, value in output.metrics.items()}
         self.skipped = self.skipped_before + _over_ranks(sum(self.loader.skipped.values()) - self.skipped_in_index)
         skipped = self.skipped_in_index + self.skipped

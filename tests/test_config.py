@@ -94,6 +94,7 @@ def test_provenance_says_what_ran():
         (lambda: EvalSet(name="x", shards=()), "shards of evaluation set x: got"),
         (lambda: EvalSet(name="x", shards=("a",), templates=("a photo",)), "template of x: got 'a photo'"),
         (lambda: EvalConfig(z_weight=2), "eval.z_weight: got 2"),
+        (lambda: EvalConfig(sets=(EvalSet(name="x", shards=("a",)),) * 2), "eval.sets: got"),
         (lambda: replace(preset("demo"), name="a/b"), "name: got 'a/b'"),
     ],
 )
