@@ -122,6 +122,7 @@ def build_emoji(config: EmojiConfig) -> EmojiManifest:
     _write_contact_sheet(plan, config)
     _write_text(config.out / "manifest.json", json.dumps(asdict(manifest), indent=1, ensure_ascii=False) + "\n")
     print(_attribution(manifest))
+    print(f"{config.out} is complete (contact_sheet.png shows it); next: rocket-fast train --preset demo")
     return manifest
 
 

@@ -72,7 +72,10 @@ class ShardSet:
         self.skipped: Counter[str] = sum((source.skipped for source in self.sources), Counter())
         counts = [len(source) for source in self.sources]
         self._ends = np.cumsum(counts)
-        found = f"at least one sample with image and .{caption}, but there are none; left out: {dict(self.skipped)}"
+        found = (
+            f"at least one sample with image and .{caption} (data.captions says which), but there are none; "
+            f"left out: {dict(self.skipped)}"
+        )
         require(len(self) > 0, "shards", tuple(patterns), found)
         listing = "\n".join(f"{source.name} {count}" for source, count in zip(self.sources, counts, strict=True))
         self.fingerprint = hashlib.blake2b(listing.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()

@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (InvalidArgument, MissingExtra) as error:
         print(f"rocket-fast: {error}", file=sys.stderr)
         return USER_ERROR
-    except Failed as error:
+    except (Failed, PermissionError) as error:
         print(f"rocket-fast: {error}", file=sys.stderr)
         return FAILED
     except Interrupted as stop:

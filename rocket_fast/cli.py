@@ -37,7 +37,7 @@ def dispatch(arguments: list[str]) -> None:
 def _train_command(arguments: list[str]) -> Callable[..., None]:
     """``train``, with the options and defaults of the preset that the arguments name."""
     chosen = "demo"
-    for here, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for here, following in zip(arguments, [*arguments[1:], ""], strict=False):
         if here == "--preset":
             chosen = following
         elif here.startswith("--preset="):

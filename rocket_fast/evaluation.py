@@ -19,6 +19,7 @@ from rocket_fast.errors import optional_import
 from rocket_fast.files import write_atomically
 from rocket_fast.loaders.base import EvalBatch
 from rocket_fast.loaders.cpu import iter_eval
+from rocket_fast.loaders.shards import expand_patterns
 from rocket_fast.models.clip import DualEncoder
 from rocket_fast.retrieval import PictureSample, captions_picture, distinct_rows, recall_at_1
 from rocket_fast.tokenizer import Tokenizer
@@ -79,6 +80,8 @@ class Evaluator:
     def __init__(self, config: TrainConfig, tokenizer: Tokenizer) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.size = config.image.weak.size
+        for each in config.eval.sets:  # a missing file is better noticed before the training than after
+            expand_patterns(each.shards)
 
     def top1(self, model: DualEncoder, autocast: torch.autocast) -> float:
         """Zero-shot top-1 in percent on the first set, at the configured weight: it picks the best checkpoint."""
@@ -199,7 +202,7 @@ def result_table(evaluation: Evaluation, config: EvalConfig) -> Any:
     """The results as a rich table: what a person reads at the end of a run."""
     file = output_path(Path(), evaluation.checkpoint).name
     table = optional_import("rich.table", "train").Table(
-        title=f"zero-shot, {evaluation.checkpoint} checkpoint (step {evaluation.step}), "
+        title=f"zero-shot and image-to-text R@1, percent; {evaluation.checkpoint} checkpoint (step {evaluation.step}), "
         f"w = {config.z_weight:g} (all w in {file})"
     )
     for column in ("set", "classes", "pictures", "chance", "pixel 1-NN", "top-1", "top-5", "R@1"):

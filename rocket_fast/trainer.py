@@ -155,6 +155,9 @@ class Trainer:
                 self._evaluate_if_due()
         if self.saved_step != self.step:
             self.save()
+        if self.loader.skipped:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.loader.skipped.most_common())
+            self.say(f"samples skipped: {reasons}")
 
     def _run_epoch(self, last: int, stop: _StopRequest, bar: TrainingBar) -> None:
         """The rest of the current epoch, up to step ``last``."""
@@ -330,6 +333,8 @@ class Trainer:
         count = sum(p.numel() for p in self.model.parameters()) / 1e6
         where = f"{self.device.type} x {world_size()}, {self.autocast_name}"
         start = f"continuing at step {self.step} of {last}" if self.step else f"{last} steps"
+        if self.step >= last:
+            start = f"already trained to step {self.step}, evaluating"
         return (
             f"{self.config.name}: {count:.1f} M parameters on {where}; {self.loader.samples} samples, "
             f"{len(self.loader)} steps an epoch; {start}; folder {self.config.folder}"

@@ -41,6 +41,24 @@ def test_help_lists_commands_and_every_option_with_its_meaning(capsys):
     assert "0.003" in text
 
 
+@pytest.mark.parametrize("arguments", [[], ["train", "--preset"], ["nothing-such"]])
+def test_incomplete_commands_are_told_what_is_missing(arguments: list[str], capsys):
+    with pytest.raises(SystemExit) as left:
+        sys.exit(main(arguments))
+    assert left.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_evaluation_data_is_missed_before_training(tiny_config: TrainConfig, capsys, monkeypatch):
+    sets = (replace(tiny_config.eval.sets[0], shards=("nowhere-*.tar",)),)
+    monkeypatch.setitem(
+        presets.PRESETS, "tiny", lambda: replace(tiny_config, eval=replace(tiny_config.eval, sets=sets))
+    )
+    assert main(["train", "--preset", "tiny"]) == 2
+    assert "nowhere-*.tar" in capsys.readouterr().err
+    assert not tiny_config.folder.exists()
+
+
 def test_a_misspelt_option_suggests_the_nearest(capsys):
     with pytest.raises(SystemExit) as left:
         main(["train", "--preset", "demo", "--optim.rl", "1"])

@@ -85,10 +85,10 @@ class TextTower(nn.Module):
             )
         dropout = self.config.dropout if strong and self.training else 0.0
         layout = PackedLayout.of(text)
-        x_TW = self.token_embedding(text.tokens) + self.positional_embedding[layout.position_T]
+        x_TW = self.token_embedding(text.tokens) + F.embedding(layout.position_T, self.positional_embedding)
         for block in self.blocks:
             x_TW = run_block(block, F.dropout(x_TW, dropout), layout, checkpointing=self.config.checkpointing)
-        return self.norm(x_TW[layout.last_B])
+        return self.norm(x_TW.index_select(0, layout.last_B))
 
 
 def _initialize_block(block: TransformerBlock, width: int, layers: int) -> None:

@@ -61,6 +61,22 @@ def test_compiled_once_for_all_caption_lengths():
     torch._dynamo.reset()
 
 
+def test_gradients_are_the_same_every_time_on_several_threads():
+    """Advanced indexing would add up positions' gradients in whatever order threads come; no run could be repeated."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    tower = TextTower(TextConfig(vocab_size=50, context_length=16, width=128, layers=1, heads=2))
+    text = PackedText.from_ids(captions(*[4 + i % 12 for i in range(600)]))
+    gradients = []
+    for _ in range(8):
+        tower.zero_grad()
+        tower(text, strong=False).square().sum().backward()
+        gradients.append([p.grad.clone() for p in tower.parameters()])
+    torch.set_num_threads(threads)
+    for again in gradients[1:]:
+        assert all(map(torch.equal, gradients[0], again))
+
+
 def test_a_caption_longer_than_the_context_is_refused():
     with pytest.raises(ValueError, match=r"text: got a caption of 17 tokens, expected at most context_length = 16"):
         build_tower()(PackedText.from_ids(captions(17)), strong=False)
