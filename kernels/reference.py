@@ -18,38 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rocket_fast.errors import require
+from rocket_fast.kernels.checks import require_pair, require_scalar, require_smoothing, require_views
 
 Reduction = Literal["avg", "sum"]
 
 
-# --- checks and precision ---------------------------------------------------------------------------------------------
-
-
-def _require_pair(first_name: str, first: Tensor, second_name: str, second: Tensor) -> None:
-    shape = tuple(first.shape)
-    require(first.ndim == 2 and shape[0] > 0, first_name, shape, "a shape (N, D) with N >= 1")
-    require(first.is_floating_point(), first_name, first.dtype, "a floating point dtype")
-    require(tuple(second.shape) == shape, second_name, tuple(second.shape), f"the shape of {first_name}, {shape}")
-    require(second.dtype == first.dtype, second_name, second.dtype, f"the dtype of {first_name}, {first.dtype}")
-    require(second.device == first.device, second_name, second.device, f"the device of {first_name}, {first.device}")
-
-
-def _require_views(first_name: str, first: Sequence[Tensor], second_name: str, second: Sequence[Tensor]) -> None:
-    """Equally many views on both sides, all of one shape, dtype and device."""
-    count = len(first)
-    require(len(second) == count, f"len({second_name})", len(second), f"{count}, the number of views in {first_name}")
-    for index in range(count):
-        _require_pair(f"{first_name}[0]", first[0], f"{first_name}[{index}]", first[index])
-        _require_pair(f"{first_name}[0]", first[0], f"{second_name}[{index}]", second[index])
-
-
-def _require_scale(name: str, scale: Tensor | float) -> None:
-    if isinstance(scale, Tensor):
-        require(scale.numel() == 1, name, f"a tensor of shape {tuple(scale.shape)}", "one value")
-
-
-def _require_smoothing(label_smoothing: float) -> None:
-    require(0.0 <= label_smoothing < 1.0, "label_smoothing", label_smoothing, "a number in [0, 1)")
+# --- precision --------------------------------------------------------------------------------------------------------
 
 
 def _precise(x: Tensor) -> Tensor:
@@ -101,9 +75,9 @@ def clip_terms(
     normalize: bool = True,
 ) -> ClipTerms:
     """Both directions of symmetric InfoNCE, with accuracies. Arguments and errors as in ``clip_loss``."""
-    _require_pair("image_ND", image_ND, "text_ND", text_ND)
-    _require_scale("logit_scale", logit_scale)
-    _require_smoothing(label_smoothing)
+    require_pair("image_ND", image_ND, "text_ND", text_ND)
+    require_scalar("logit_scale", logit_scale)
+    require_smoothing(label_smoothing)
     prepare = _unit if normalize else _precise
     logits_NN = _scaled(logit_scale, _matmul(prepare(image_ND), prepare(text_ND).T))
     labels_N = torch.arange(len(image_ND), device=image_ND.device)
@@ -178,17 +152,17 @@ def multiview_clip_terms(
     normalize: bool = True,
 ) -> MultiviewClipTerms:
     """The parts of CL2L, with accuracies. Arguments and errors as in ``multiview_clip_loss``."""
-    _require_pair("image_z", image_z, "text_z", text_z)
-    _require_views("image_h", image_h, "text_h", text_h)
-    _require_scale("logit_scale", logit_scale)
-    _require_smoothing(label_smoothing)
+    require_pair("image_z", image_z, "text_z", text_z)
+    require_views("image_h", image_h, "text_h", text_h)
+    require_scalar("logit_scale", logit_scale)
+    require_smoothing(label_smoothing)
     weak = clip_terms(image_z, text_z, logit_scale, normalize=normalize)
     if not image_h:
         return MultiviewClipTerms(weak=weak, strong=None, loss_image=weak.loss_image, loss_text=weak.loss_text)
 
     require(h_logit_scale is not None, "h_logit_scale", None, "a scale, since there are strong views")
     assert h_logit_scale is not None
-    _require_scale("h_logit_scale", h_logit_scale)
+    require_scalar("h_logit_scale", h_logit_scale)
     shape, samples = tuple(image_h[0].shape), len(image_z)
     require(shape[0] == samples, "image_h[0]", shape, f"a shape ({samples}, D), as many samples as image_z has")
     pairs = [
@@ -280,7 +254,7 @@ def negative_cosine_loss(prediction_NP: Tensor, target_NP: Tensor) -> Tensor:
 
     Source: BYOL (Grill et al. 2020, eq. 2), SimSiam (Chen and He 2021, eq. 1, times 2 plus 2).
     """
-    _require_pair("prediction_NP", prediction_NP, "target_NP", target_NP)
+    require_pair("prediction_NP", prediction_NP, "target_NP", target_NP)
     cosine_N = (_unit(prediction_NP) * _unit(target_NP.detach())).sum(dim=-1)
     return (2 - 2 * cosine_N).mean()
 
@@ -307,7 +281,7 @@ def siamlip_loss(
     """
     _require_weak("image_p", image_p)
     for name, views in (("text_p", text_p), ("image_v", image_v), ("text_v", text_v)):
-        _require_views("image_p", image_p, name, views)
+        require_views("image_p", image_p, name, views)
     from_image = _mean_over_pairs(negative_cosine_loss, image_p, text_v)
     from_text = _mean_over_pairs(negative_cosine_loss, text_p, image_v)
     return (from_image + from_text) / 2
@@ -338,7 +312,7 @@ def barlow_loss(image_NP: Tensor, text_NP: Tensor, *, lambda_: float = 5e-3, sca
 
     Source: Barlow Twins (Zbontar et al. 2021, eq. 1); Fini et al. 2023 (BarLIP).
     """
-    _require_pair("image_NP", image_NP, "text_NP", text_NP)
+    require_pair("image_NP", image_NP, "text_NP", text_NP)
     require(lambda_ >= 0, "lambda_", lambda_, "a number >= 0")
     require(scale > 0, "scale", scale, "a number > 0")
     correlation_PP = _matmul(_precise(image_NP).T, _precise(text_NP)) / len(image_NP)
@@ -367,7 +341,7 @@ def barlip_loss(
     Source: Fini et al. 2023 (BarLIP).
     """
     _require_weak("image_v", image_v)
-    _require_views("image_v", image_v, "text_v", text_v)
+    require_views("image_v", image_v, "text_v", text_v)
     return _mean_over_pairs(lambda one, other: barlow_loss(one, other, lambda_=lambda_, scale=scale), image_v, text_v)
 
 
@@ -441,8 +415,8 @@ def swalip_loss(
     Source: Fini et al. 2023 (SwALIP).
     """
     require(len(image_h) >= 2, "len(image_h)", len(image_h), "at least 2 strong views")
-    _require_views("image_h", image_h, "text_h", text_h)
-    _require_scale("h_logit_scale", h_logit_scale)
+    require_views("image_h", image_h, "text_h", text_h)
+    require_scalar("h_logit_scale", h_logit_scale)
     prepare = _unit if normalize else _precise
     images, texts = [prepare(x) for x in image_h], [prepare(x) for x in text_h]
     pairs = list(itertools.product(range(len(images)), range(len(texts))))
@@ -487,8 +461,8 @@ def swalip_prototypes_loss(
     Source: SwAV (Caron et al. 2020, eq. 1-2) between modalities; Fini et al. 2023 (SwALIP).
     """
     _require_weak("image_p", image_p)
-    _require_views("image_p", image_p, "text_p", text_p)
-    _require_scale("logit_scale", logit_scale)
+    require_views("image_p", image_p, "text_p", text_p)
+    require_scalar("logit_scale", logit_scale)
 
     def cross_entropy(scores_NP: Tensor, labels_NP: Tensor) -> Tensor:
         return _soft_cross_entropy(_scaled(logit_scale, _precise(scores_NP)), labels_NP)

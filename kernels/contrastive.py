@@ -1,0 +1,520 @@
+"""Symmetric InfoNCE without the N x M matrix of similarities: CLIP's loss and CL2L's, exact, for any trainer.
+
+Shapes: A image views of N images, B text views of M texts, D embedding width, P matched pairs. For views a and b,
+``S = scale[a, b] * X_a Y_b^T``; row i's positive is column ``i + row_offset``.
+
+Two operations do all the work, as Triton kernels on CUDA (triton_contrastive.py) and as tiles of torch elsewhere
+(tiled.py). Forward, one product: log-sum-exps of rows and columns, and from them losses and accuracies. Backward, three
+products: S once more, turned into its gradient where it lies, then the gradients of both sides. Neither keeps anything
+of size N x M, and both repeat to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NoReturn, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rocket_fast.errors import require
+from rocket_fast.kernels.checks import (
+    require_finite,
+    require_same_width,
+    require_scalar,
+    require_smoothing,
+    require_views,
+)
+from rocket_fast.kernels.dispatch import implementation
+from rocket_fast.kernels.positives import Pairs, soft_terms
+from rocket_fast.kernels.reference import ClipTerms, MultiviewClipTerms, Reduction
+from rocket_fast.kernels.tiled import Positives, compute_dtype
+
+# --- operations, their shapes for tracing, their derivatives ----------------------------------------------------------
+
+
+@torch.library.custom_op("rocket_fast::contrastive_forward", mutates_args=())
+def _forward(
+    image_AND: Tensor,
+    text_BMD: Tensor,
+    scale_AB: Tensor,
+    smoothing: Sequence[float],
+    row_offset: int,
+    diagonal: bool,
+    normalize: bool,
+    workspace: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log-sum-exps of rows (A, B, N) and columns (A, B, M), their maxima, and (A, B, 4): losses and accuracies.
+
+    The last is of the diagonal's positives, and zero where ``diagonal`` is False.
+    """
+    with torch.no_grad(), torch.autocast(image_AND.device.type, enabled=False):
+        return implementation(image_AND).contrastive_forward(
+            image_AND,
+            text_BMD,
+            scale_AB,
+            smoothing=smoothing,
+            row_offset=row_offset,
+            diagonal=diagonal,
+            normalize=normalize,
+            workspace=workspace,
+        )
+
+
+@_forward.register_fake
+def _(
+    image_AND: Tensor, text_BMD: Tensor, scale_AB: Tensor, *options: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype, rows, columns = compute_dtype(image_AND), image_AND.shape[1], text_BMD.shape[1]
+
+    def of(size: int) -> Tensor:
+        return image_AND.new_empty(*scale_AB.shape, size, dtype=dtype)
+
+    return of(rows), of(columns), of(rows), of(columns), of(4)
+
+
+@torch.library.custom_op("rocket_fast::contrastive_backward", mutates_args=())
+def _backward(
+    image_AND: Tensor,
+    text_BMD: Tensor,
+    scale_AB: Tensor,
+    lse_image_ABN: Tensor,
+    lse_text_ABM: Tensor,
+    weight_image_ABN: Tensor,
+    weight_text_ABM: Tensor,
+    smoothing: Sequence[float],
+    row_offset: int,
+    diagonal: bool,
+    normalize: bool,
+    need_image: bool,
+    need_text: bool,
+    workspace: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of both sides (empty where not needed) and the scales, from those of the rows' and columns' losses."""
+    with torch.no_grad(), torch.autocast(image_AND.device.type, enabled=False):
+        return implementation(image_AND).contrastive_backward(
+            image_AND,
+            text_BMD,
+            scale_AB,
+            lse_image_ABN,
+            lse_text_ABM,
+            weight_image_ABN,
+            weight_text_ABM,
+            smoothing=smoothing,
+            row_offset=row_offset,
+            diagonal=diagonal,
+            normalize=normalize,
+            need_image=need_image,
+            need_text=need_text,
+            workspace=workspace,
+        )
+
+
+@_backward.register_fake
+def _(
+    image_AND: Tensor,
+    text_BMD: Tensor,
+    scale_AB: Tensor,
+    lse_image_ABN: Tensor,
+    lse_text_ABM: Tensor,
+    weight_image_ABN: Tensor,
+    weight_text_ABM: Tensor,
+    smoothing: Sequence[float],
+    row_offset: int,
+    diagonal: bool,
+    normalize: bool,
+    need_image: bool,
+    need_text: bool,
+    workspace: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_image = image_AND.new_empty(image_AND.shape if need_image else (0,))
+    d_text = text_BMD.new_empty(text_BMD.shape if need_text else (0,))
+    return d_image, d_text, torch.empty_like(scale_AB)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    image_AND, text_BMD, scale_AB, ctx.smoothing, ctx.row_offset, ctx.diagonal, ctx.normalize, ctx.workspace = inputs
+    lse_image_ABN, lse_text_ABM, *tops, terms_AB4 = output
+    ctx.save_for_backward(image_AND, text_BMD, scale_AB, lse_image_ABN, lse_text_ABM)
+    ctx.set_materialize_grads(False)
+    # With targets on the diagonal the losses are differentiated, without them the log-sum-exps; never both.
+    ctx.mark_non_differentiable(*tops, *((lse_image_ABN, lse_text_ABM) if ctx.diagonal else (terms_AB4,)))
+
+
+def _weights(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
+    """The loss's gradient to every row's and every column's own loss or log-sum-exp; zeros where it asks for none."""
+    image_AND, text_BMD, scale_AB, lse_image_ABN, lse_text_ABM = ctx.saved_tensors
+    d_lse_image_ABN, d_lse_text_ABM, _, _, d_terms_AB4 = gradients
+    if not ctx.diagonal:
+        zero = scale_AB.new_zeros(1, 1, 1)
+        return (
+            zero.expand_as(lse_image_ABN) if d_lse_image_ABN is None else d_lse_image_ABN,
+            zero.expand_as(lse_text_ABM) if d_lse_text_ABM is None else d_lse_text_ABM,
+        )
+    assert d_terms_AB4 is not None
+    (views, rows, _), (text_views, columns, _) = image_AND.shape, text_BMD.shape
+    where = Positives.of(rows, columns, ctx.row_offset)
+    share_AB4 = d_terms_AB4 / where.count
+
+    def spread(index: int, first: int, size: int) -> Tensor:
+        matched = share_AB4[..., index, None].expand(views, text_views, where.count)
+        return matched if where.count == size else F.pad(matched, (first, size - first - where.count))
+
+    return spread(0, where.first_row, rows), spread(1, where.first_column, columns)
+
+
+def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    if all(gradient is None for gradient in gradients):
+        return (None,) * 8
+    need_image, need_text, need_scale = ctx.needs_input_grad[:3]
+    options = (ctx.smoothing, ctx.row_offset, ctx.diagonal, ctx.normalize, need_image, need_text, ctx.workspace)
+    d_image, d_text, d_scale_AB = _backward(*ctx.saved_tensors, *_weights(ctx, gradients), *options)
+    return (
+        d_image if need_image else None,
+        d_text if need_text else None,
+        d_scale_AB if need_scale else None,
+        *(None,) * 5,
+    )
+
+
+def refuse_second_derivative(ctx: Any, *gradients: Tensor) -> NoReturn:
+    """What differentiating a gradient of these losses ends in."""
+    raise NotImplementedError(
+        "the fused contrastive losses have first derivatives only; for second derivatives (create_graph=True, gradient "
+        "penalties) use the dense rocket_fast.kernels.reference"
+    )
+
+
+def _keep_nothing(ctx: Any, inputs: tuple, output: object) -> None:
+    pass
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+_backward.register_autograd(refuse_second_derivative, setup_context=_keep_nothing)
+
+
+# --- preparation shared by the public functions -----------------------------------------------------------------------
+
+
+def as_factors(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sides in one dtype: the autocast dtype where autocast is on, as for any product, else their common one."""
+    dtype = torch.promote_types(first.dtype, second.dtype)
+    device_type = first.device.type
+    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+    return first.to(dtype), second.to(dtype)
+
+
+def as_number(value: Tensor | float, like: Tensor) -> Tensor:
+    """A one-value tensor () in the precision that ``like`` is computed with."""
+    dtype = compute_dtype(like)
+    if isinstance(value, Tensor):
+        return value.reshape(()).to(dtype)
+    return torch.full((), value, dtype=dtype, device=like.device)
+
+
+def workspace_bytes(workspace_mib: float) -> int:
+    """The scratch memory's size; at least one row of a tile always fits."""
+    require(workspace_mib > 0, "workspace_mib", workspace_mib, "a number of MiB > 0")
+    return max(1, int(workspace_mib * 2**20))
+
+
+# --- public functions -------------------------------------------------------------------------------------------------
+
+
+def log_sum_exp(
+    image_ND: Tensor,
+    text_MD: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    normalize: bool = False,
+    workspace_mib: float = 64,
+) -> tuple[Tensor, Tensor]:
+    """Log-sum-exps of the rows and of the columns of ``S = logit_scale * image text^T``, differentiable, S never kept.
+
+    What InfoNCE of any form is made of: subtract the positives' logits, weigh, add; over ranks, combine the columns.
+
+    Args:
+        image_ND: (N, D) floating point.
+        text_MD: (M, D) floating point, on the same device; N and M may differ, and so may the dtypes.
+        logit_scale: a number or a one-value tensor.
+        normalize: scale every row of both to unit length first.
+        workspace_mib: MiB of scratch memory.
+
+    Returns:
+        (N,) and (M,), float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: shapes or devices that do not fit, a scale that is not one finite number.
+    """
+    require_same_width("image_ND", image_ND, "text_MD", text_MD)
+    require_scalar("logit_scale", logit_scale, image_ND.device)
+    image, text = as_factors(image_ND, text_MD)
+    return _statistics(image, text, as_number(logit_scale, image), normalize, workspace_bytes(workspace_mib))[0]
+
+
+def clip_terms(
+    image_ND: Tensor,
+    text_MD: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    logit_bias: Tensor | float | None = None,
+    label_smoothing: float = 0.0,
+    row_offset: int = 0,
+    targets: Tensor | None = None,
+    normalize: bool = False,
+    workspace_mib: float = 64,
+) -> ClipTerms:
+    """Both directions of symmetric InfoNCE, with accuracies. Arguments and errors as in ``clip_loss``.
+
+    The accuracies cost no pass of their own. With ``targets`` a row is right if one of its positives reaches the
+    largest logit (to rounding); without, if its positive is the first that does.
+    """
+    require_same_width("image_ND", image_ND, "text_MD", text_MD)
+    require_scalar("logit_scale", logit_scale, image_ND.device)
+    require_smoothing(label_smoothing)
+    image, text = as_factors(image_ND, text_MD)
+    scale = as_number(logit_scale, image)
+    workspace = workspace_bytes(workspace_mib)
+    if targets is None:
+        _require_offset(row_offset, len(image_ND), len(text_MD))
+        options = ([float(label_smoothing)], row_offset, True, normalize, workspace)
+        terms = _forward(image[None], text[None], scale.reshape(1, 1), *options)[-1].reshape(4).unbind()
+    else:
+        require(
+            row_offset == 0, "row_offset", row_offset, "0 beside targets, which say themselves what belongs together"
+        )
+        pairs = Pairs.of(targets, len(image_ND), len(text_MD), image)
+        lse_and_top = _statistics(image, text, scale, normalize, workspace)
+        options = {"label_smoothing": label_smoothing, "normalize": normalize, "workspace": workspace}
+        terms = soft_terms(pairs, image, text, scale, *lse_and_top, **options)
+    return _with_bias(_clip_terms(*terms), logit_bias, image)
+
+
+def clip_loss(
+    image_ND: Tensor,
+    text_MD: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    logit_bias: Tensor | float | None = None,
+    label_smoothing: float = 0.0,
+    row_offset: int = 0,
+    targets: Tensor | None = None,
+    normalize: bool = False,
+    reduction: Reduction = "avg",
+    workspace_mib: float = 64,
+) -> Tensor:
+    """Symmetric InfoNCE: image i belongs to text ``i + row_offset``, all other texts are its negatives, and vice versa.
+
+    Computed without the N x M matrix: memory beyond inputs and gradients is the workspace and O(N + M). Exact: float32
+    inputs are multiplied in float32, 16-bit ones with float32 sums; maxima are true, so no scale overflows. Equal calls
+    give equal bits. First derivatives only.
+
+    Args:
+        image_ND: (N, D) floating point, image embeddings.
+        text_MD: (M, D), text embeddings, on the same device. Under autocast both are taken in its dtype, as by any
+            matrix product; otherwise in their common dtype.
+        logit_scale: inverse temperature, after exp (CLIP starts at 1 / 0.07); a number or a one-value tensor.
+        logit_bias: added to every logit, which a softmax does not see: the value is the same and its gradient is zero.
+            Taken for trainers that pass one.
+        label_smoothing: in [0, 1): the part of the target spread evenly over all candidates, the right ones included.
+        row_offset: which column row 0 belongs to, where the images are a part of the batch that the texts are all of.
+            Rows and columns without a partner are negatives only; the losses are means over those with one.
+        targets: positives other than by position: int (N,), every image's text; int (N, K), several, -1 for none; or a
+            sparse COO or CSR tensor (N, M) of weights >= 0. Rows count as distributions over their texts, columns over
+            their images; rows and columns without any are negatives only.
+        normalize: scale every row to unit length first; its derivative is part of the operation.
+        reduction: "avg" is the mean of the two directions, "sum" their sum.
+        workspace_mib: MiB of scratch memory.
+
+    Returns:
+        0-dimensional, float32 (float64 for float64 inputs), in nats.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, a scale or bias that is not one finite number, a bad
+            smoothing, offset, target or reduction. What only a device knows (a scale's value, a target's) is checked
+            on the CPU alone.
+
+    Source: CLIP (Radford et al. 2021, fig. 3).
+    """
+    _require_reduction(reduction)
+    terms = clip_terms(
+        image_ND,
+        text_MD,
+        logit_scale,
+        logit_bias=logit_bias,
+        label_smoothing=label_smoothing,
+        row_offset=row_offset,
+        targets=targets,
+        normalize=normalize,
+        workspace_mib=workspace_mib,
+    )
+    total = terms.loss_image + terms.loss_text
+    return total if reduction == "sum" else total / 2
+
+
+def multiview_clip_terms(
+    image_z: Tensor,
+    text_z: Tensor,
+    logit_scale: Tensor | float,
+    image_h: Sequence[Tensor] = (),
+    text_h: Sequence[Tensor] = (),
+    h_logit_scale: Tensor | float | None = None,
+    *,
+    label_smoothing: float | Sequence[Sequence[float]] = 0.0,
+    weak_label_smoothing: float = 0.0,
+    normalize: bool = False,
+    workspace_mib: float = 64,
+) -> MultiviewClipTerms:
+    """The parts of CL2L, with accuracies. Arguments and errors as in ``multiview_clip_loss``."""
+    weak = clip_terms(
+        image_z,
+        text_z,
+        logit_scale,
+        label_smoothing=weak_label_smoothing,
+        normalize=normalize,
+        workspace_mib=workspace_mib,
+    )
+    require_views("image_h", image_h, "text_h", text_h)
+    if not len(image_h):
+        return MultiviewClipTerms(weak=weak, strong=None, loss_image=weak.loss_image, loss_text=weak.loss_text)
+    samples, shape = len(image_z), tuple(image_h[0].shape)
+    require(shape[0] == samples, "image_h[0]", shape, f"a shape ({samples}, D), as many samples as image_z has")
+    image_KND, text_KND = as_factors(torch.stack(tuple(image_h)), torch.stack(tuple(text_h)))
+    views = len(image_h)
+    scale_KK = _pair_scales(h_logit_scale, views, image_KND)
+    options = (_pair_smoothing(label_smoothing, views), 0, True, normalize, workspace_bytes(workspace_mib))
+    strong = _clip_terms(*_forward(image_KND, text_KND, scale_KK, *options)[-1].mean((0, 1)).unbind())
+    return MultiviewClipTerms(
+        weak=weak,
+        strong=strong,
+        loss_image=(weak.loss_image + views * strong.loss_image) / (1 + views),
+        loss_text=(weak.loss_text + views * strong.loss_text) / (1 + views),
+    )
+
+
+def multiview_clip_loss(
+    image_z: Tensor,
+    text_z: Tensor,
+    logit_scale: Tensor | float,
+    image_h: Sequence[Tensor] = (),
+    text_h: Sequence[Tensor] = (),
+    h_logit_scale: Tensor | float | None = None,
+    *,
+    label_smoothing: float | Sequence[Sequence[float]] = 0.0,
+    weak_label_smoothing: float = 0.0,
+    reduction: Reduction = "avg",
+    normalize: bool = False,
+    workspace_mib: float = 64,
+) -> Tensor:
+    """CL2L: ``(L_weak + K * mean over the K x K strong pairs of L_ij) / (1 + K)``, each L a symmetric InfoNCE.
+
+    Every strong image view meets every strong text view; weak and strong views never meet. The strong pairs are blocks
+    of one stacked problem: as many kernel launches for any K.
+
+    Args:
+        image_z: (N, D) floating point, weak image view through head z.
+        text_z: (N, D), weak text view through head z.
+        logit_scale: inverse temperature of the weak pair, after exp; a number or a one-value tensor.
+        image_h: K tensors (N, E), strong image views through head h; K may be 0, which leaves plain CLIP.
+        text_h: K tensors (N, E), strong text views through head h.
+        h_logit_scale: inverse temperature of the strong pairs, after exp; needed where K > 0. One value, or a tensor
+            (K, K) with one for every pair of an image and a text view.
+        label_smoothing: in [0, 1), of the strong pairs; one number, or K x K of them.
+        weak_label_smoothing: in [0, 1), of the weak pair.
+        reduction: "avg" means over the two directions, "sum" adds them (twice the value).
+        normalize: scale every row to unit length first.
+        workspace_mib: MiB of scratch memory.
+
+    Returns:
+        0-dimensional, float32 (float64 for float64 inputs), in nats.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, unequal numbers of views or samples, no samples, a
+            missing scale or one that is not finite, bad smoothing or reduction.
+
+    Source: "Improved baselines for vision-language pre-training" (Fini et al. 2023).
+    """
+    views = (image_z, text_z, logit_scale, image_h, text_h, h_logit_scale)
+    return multiview_clip_terms(
+        *views,
+        label_smoothing=label_smoothing,
+        weak_label_smoothing=weak_label_smoothing,
+        normalize=normalize,
+        workspace_mib=workspace_mib,
+    ).reduce(reduction)
+
+
+# --- details of the public functions ----------------------------------------------------------------------------------
+
+
+def _require_reduction(reduction: str) -> None:
+    require(reduction in get_args(Reduction), "reduction", reduction, f"one of {get_args(Reduction)}")
+
+
+def _require_offset(row_offset: int, rows: int, columns: int) -> None:
+    require(isinstance(row_offset, int), "row_offset", row_offset, "an int")
+    expected = (
+        f"{1 - rows} to {columns - 1}, so that at least one of {rows} rows has its partner among {columns} columns"
+    )
+    require(-rows < row_offset < columns, "row_offset", row_offset, expected)
+
+
+def _statistics(
+    image_ND: Tensor, text_MD: Tensor, scale: Tensor, normalize: bool, workspace: int
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Log-sum-exps of rows (N,) and columns (M,), and their maxima."""
+    options = ([0.0], 0, False, normalize, workspace)
+    lse_N, lse_M, top_N, top_M, _ = _forward(image_ND[None], text_MD[None], scale.reshape(1, 1), *options)
+    return (lse_N[0, 0], lse_M[0, 0]), (top_N[0, 0], top_M[0, 0])
+
+
+def _clip_terms(loss_image: Tensor, loss_text: Tensor, accuracy_image: Tensor, accuracy_text: Tensor) -> ClipTerms:
+    return ClipTerms(
+        loss_image=loss_image,
+        loss_text=loss_text,
+        accuracy_image=accuracy_image.detach(),
+        accuracy_text=accuracy_text.detach(),
+    )
+
+
+def _with_bias(terms: ClipTerms, logit_bias: Tensor | float | None, like: Tensor) -> ClipTerms:
+    """A constant added to all logits changes no softmax; a bias that is trained gets its gradient, zero."""
+    if logit_bias is None:
+        return terms
+    require_scalar("logit_bias", logit_bias, like.device)
+    if not (isinstance(logit_bias, Tensor) and logit_bias.requires_grad):
+        return terms
+    zero = 0 * as_number(logit_bias, like)
+    return replace(terms, loss_image=terms.loss_image + zero, loss_text=terms.loss_text + zero)
+
+
+def _pair_scales(scale: Tensor | float | None, views: int, like: Tensor) -> Tensor:
+    """Inverse temperatures (K, K) of the strong pairs."""
+    require(scale is not None, "h_logit_scale", None, "a scale, since there are strong views")
+    assert scale is not None
+    if isinstance(scale, Tensor) and scale.numel() > 1:
+        shape = tuple(scale.shape)
+        require(
+            shape == (views, views), "h_logit_scale", f"a tensor of shape {shape}", f"one value or {(views, views)}"
+        )
+        require(scale.device == like.device, "h_logit_scale", scale.device, f"the embeddings' device, {like.device}")
+        require_finite("h_logit_scale", scale)
+        return scale.to(compute_dtype(like))
+    require_scalar("h_logit_scale", scale, like.device)
+    return as_number(scale, like).expand(views, views)
+
+
+def _pair_smoothing(label_smoothing: float | Sequence[Sequence[float]], views: int) -> list[float]:
+    """Label smoothing of the K x K strong pairs, image view by image view."""
+    if isinstance(label_smoothing, int | float):
+        require_smoothing(label_smoothing)
+        return [float(label_smoothing)] * (views * views)
+    fits = len(label_smoothing) == views and all(len(row) == views for row in label_smoothing)
+    require(fits, "label_smoothing", label_smoothing, f"a number or {views} x {views} of them")
+    flat = [float(value) for row in label_smoothing for value in row]
+    for value in flat:
+        require_smoothing(value)
+    return flat

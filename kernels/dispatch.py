@@ -1,0 +1,34 @@
+"""Which implementation serves a tensor: Triton kernels where they run, tiles of torch everywhere else."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from rocket_fast.kernels import tiled
+
+
+@functools.cache
+def _triton_kernels() -> ModuleType | None:
+    """The Triton implementation, or None where triton is not installed; it is not imported before it is needed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from rocket_fast.kernels import triton_contrastive
+
+    return triton_contrastive
+
+
+def implementation(x: Tensor) -> ModuleType:
+    """The module whose operations serve ``x``: Triton on CUDA (and ROCm), and on the CPU under its interpreter.
+
+    float64 always takes the tiles: no tensor core computes with it, and who uses it wants the digits.
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if x.dtype == torch.float64 or not (x.is_cuda or interpreted):
+        return tiled
+    return _triton_kernels() or tiled

@@ -1,0 +1,150 @@
+"""SigLIP's pairwise sigmoid loss without the N x M matrix of similarities: exact gradients, O(N D) memory.
+
+Shapes: N images, M texts, D embedding width. ``S = logit_scale * X Y^T + logit_bias``; row i's positive is column
+``i + row_offset``. Every entry's loss stands alone, so one pass over the tiles gives the value and, where one is
+wanted, all gradients with it: three products of size N x M x D in all, as many as a dense loss takes that stores S.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rocket_fast.kernels.checks import require_same_width, require_scalar
+from rocket_fast.kernels.contrastive import (
+    as_factors,
+    as_number,
+    refuse_second_derivative,
+    workspace_bytes,
+)
+from rocket_fast.kernels.dispatch import implementation
+from rocket_fast.kernels.tiled import compute_dtype
+
+# --- operations -------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("rocket_fast::sigmoid_forward_backward", mutates_args=())
+def _forward_backward(
+    image_ND: Tensor,
+    text_MD: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    row_offset: int,
+    normalize: bool,
+    need_grad: bool,
+    workspace: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, and its gradients to the images, the texts, the scale and the bias (empty, or zero, if not needed)."""
+    with torch.no_grad(), torch.autocast(image_ND.device.type, enabled=False):
+        return implementation(image_ND).sigmoid_forward_backward(
+            image_ND,
+            text_MD,
+            scale,
+            bias,
+            row_offset=row_offset,
+            normalize=normalize,
+            need_grad=need_grad,
+            workspace=workspace,
+        )
+
+
+@_forward_backward.register_fake
+def _(
+    image_ND: Tensor,
+    text_MD: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    row_offset: int,
+    normalize: bool,
+    need_grad: bool,
+    workspace: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(image_ND)
+    d_image, d_text = (side.new_empty(side.shape if need_grad else (0,), dtype=dtype) for side in (image_ND, text_MD))
+    return torch.empty_like(scale), d_image, d_text, torch.empty_like(scale), torch.empty_like(bias)
+
+
+@torch.library.custom_op("rocket_fast::scaled_gradient", mutates_args=())
+def _scaled_gradient(gradient: Tensor, factor: Tensor, like: Tensor) -> Tensor:
+    """``factor * gradient`` in the dtype of ``like``."""
+    return (gradient * factor).to(like.dtype)
+
+
+@_scaled_gradient.register_fake
+def _(gradient: Tensor, factor: Tensor, like: Tensor) -> Tensor:
+    return torch.empty_like(gradient, dtype=like.dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    _, *gradients = output
+    ctx.save_for_backward(*inputs[:4], *gradients)
+    ctx.mark_non_differentiable(*gradients)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    inputs, gradients = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+    wanted = [needed and d_loss is not None for needed in ctx.needs_input_grad[:4]]
+    own = [
+        _scaled_gradient(gradient, d_loss, like) if want else None
+        for want, gradient, like in zip(wanted, gradients, inputs, strict=True)
+    ]
+    return (*own, *(None,) * 4)
+
+
+def _keep_nothing(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    pass
+
+
+_forward_backward.register_autograd(_differentiate, setup_context=_setup_context)
+_scaled_gradient.register_autograd(refuse_second_derivative, setup_context=_keep_nothing)
+
+
+# --- public function --------------------------------------------------------------------------------------------------
+
+
+def siglip_loss(
+    image_ND: Tensor,
+    text_MD: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    *,
+    row_offset: int = 0,
+    normalize: bool = False,
+    workspace_mib: float = 64,
+) -> Tensor:
+    """SigLIP: every image-text pair is a binary decision, ``sum_ij -log sigmoid(z_ij (s x_i . y_j + b)) / N``.
+
+    z is 1 for image i and text ``i + row_offset``, else -1. Memory beyond inputs and gradients is the workspace; equal
+    calls give equal bits. First derivatives only.
+
+    Args:
+        image_ND: (N, D) floating point, image embeddings; the sum is divided by their number.
+        text_MD: (M, D), text embeddings, on the same device. Under autocast both are taken in its dtype, as by any
+            matrix product; otherwise in their common dtype.
+        logit_scale: s, after exp (SigLIP starts at 10); a number or a one-value tensor.
+        logit_bias: b (SigLIP starts at -10); a number or a one-value tensor.
+        row_offset: which text image 0 belongs to, where the images are a part of the batch that the texts are all of.
+            May leave no image with a text: then all pairs are negatives.
+        normalize: scale every row to unit length first; its derivative is part of the operation.
+        workspace_mib: MiB of scratch memory.
+
+    Returns:
+        0-dimensional, float32 (float64 for float64 inputs), in nats.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, a scale or bias that is not one finite number.
+
+    Source: "Sigmoid Loss for Language Image Pre-Training" (Zhai et al. 2023, eq. 2 and algorithm 1).
+    """
+    require_same_width("image_ND", image_ND, "text_MD", text_MD)
+    require_scalar("logit_scale", logit_scale, image_ND.device)
+    require_scalar("logit_bias", logit_bias, image_ND.device)
+    image, text = as_factors(image_ND, text_MD)
+    scale, bias = as_number(logit_scale, image), as_number(logit_bias, image)
+    need_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (image, text, scale, bias))
+    return _forward_backward(
+        image, text, scale, bias, int(row_offset), normalize, need_grad, workspace_bytes(workspace_mib)
+    )[0]
