@@ -11,6 +11,7 @@ without keeping S. Everything after a product is elementwise on a tile still in 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,7 +68,8 @@ def inverse_norms(x: Tensor) -> Tensor:
 
 def _prepared(x: Tensor, normalize: bool) -> Tensor:
     """In the precision computed with, rows of unit length if asked; the tensor itself where nothing is to be done."""
-    x = x.detach().to(compute_dtype(x))
+    dtype = compute_dtype(x)
+    x = x if x.dtype == dtype else x.to(dtype)
     return x * inverse_norms(x)[..., None] if normalize else x
 
 
@@ -79,7 +81,7 @@ class Tiles:
         width = min(columns, TILE[1], entries)
         self.rows, self.columns = rows, columns
         self.shape = (min(rows, TILE[0], max(1, entries // width)), width)
-        self._buffers = [like.new_empty(self.shape[0] * width) for _ in range(2)]
+        self._logits = self._scratch = like.new_empty(0)
 
     def row_slices(self) -> Iterator[slice]:
         return (slice(start, min(start + self.shape[0], self.rows)) for start in range(0, self.rows, self.shape[0]))
@@ -89,11 +91,18 @@ class Tiles:
             slice(start, min(start + self.shape[1], self.columns)) for start in range(0, self.columns, self.shape[1])
         )
 
-    def buffers(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
-        """Two contiguous matrices of the tile's size; their contents are whatever was there."""
-        size = (rows.stop - rows.start, columns.stop - columns.start)
-        first, second = (buffer[: size[0] * size[1]].view(size) for buffer in self._buffers)
-        return first, second
+    def logits(self, rows_ND: Tensor, columns_MD: Tensor) -> Tensor:
+        """Products of rows and columns, in the one buffer that there is for them."""
+        if not len(self._logits):
+            self._logits = rows_ND.new_empty(self.shape[0] * self.shape[1])
+        out = self._logits[: len(rows_ND) * len(columns_MD)].view(len(rows_ND), len(columns_MD))
+        return torch.mm(rows_ND, columns_MD.T, out=out)
+
+    def scratch(self, logits_NM: Tensor) -> Tensor:
+        """A second matrix of a tile's size; its contents are whatever was there."""
+        if not len(self._scratch):
+            self._scratch = torch.empty_like(self._logits)
+        return self._scratch[: logits_NM.numel()].view_as(logits_NM)
 
 
 # --- forward: log-sum-exps, and what the diagonal tells ---------------------------------------------------------------
@@ -114,37 +123,40 @@ def contrastive_forward(
     x_AND, y_BMD = _prepared(image_AND, normalize), _prepared(text_BMD, normalize)
     (views, rows, _), (text_views, columns, _) = x_AND.shape, y_BMD.shape
     tiles = Tiles(rows, columns, x_AND, workspace)
-    lse_image_ABN, top_image_ABN = (x_AND.new_empty(views, text_views, rows) for _ in range(2))
-    lse_text_ABM, top_text_ABM = (x_AND.new_empty(views, text_views, columns) for _ in range(2))
-    terms_AB4 = x_AND.new_zeros(views, text_views, 4)
+    per_pair = []
     for a in range(views):
         for b in range(text_views):
-            statistics = _Statistics(rows, columns, x_AND, row_offset if diagonal else None)
+            scale, e = scale_AB[a, b], smoothing[a * text_views + b]
+            statistics = _Statistics(rows, columns, row_offset if diagonal else None)
             for row in tiles.row_slices():
-                scaled_ND = x_AND[a, row] * scale_AB[a, b]
+                scaled_ND = x_AND[a, row] * scale
                 for column in tiles.column_slices():
-                    logits_NM, scratch_NM = tiles.buffers(row, column)
-                    torch.mm(scaled_ND, y_BMD[b, column].T, out=logits_NM)
-                    statistics.add(row, column, logits_NM, scratch_NM)
-            lse_image_ABN[a, b] = statistics.row.log_sum_exp()
-            lse_text_ABM[a, b] = statistics.column.log_sum_exp()
-            top_image_ABN[a, b], top_text_ABM[a, b] = statistics.row.maximum, statistics.column.maximum
-            if diagonal:
-                e = smoothing[a * text_views + b]
-                means = _mean_logits(x_AND[a], y_BMD[b], scale_AB[a, b], row_offset) if e else (0.0, 0.0)
-                _pair_terms(statistics, lse_image_ABN[a, b], lse_text_ABM[a, b], means, e, terms_AB4[a, b])
-    return lse_image_ABN, lse_text_ABM, top_image_ABN, top_text_ABM, terms_AB4
+                    statistics.add(row, column, tiles.logits(scaled_ND, y_BMD[b, column]), tiles)
+            lse_N, lse_M = statistics.row.log_sum_exp(), statistics.column.log_sum_exp()
+            mean_logits = _mean_logits(x_AND[a], y_BMD[b], scale, row_offset) if diagonal and e else None
+            terms_4 = statistics.terms(lse_N, lse_M, e, mean_logits) if diagonal else x_AND.new_zeros(4)
+            per_pair.append((lse_N, lse_M, statistics.row.maximum, statistics.column.maximum, terms_4))
+    lse_image, lse_text, top_image, top_text, terms = (
+        (torch.stack(part) if len(part) > 1 else part[0]).view(views, text_views, -1)
+        for part in zip(*per_pair, strict=True)
+    )
+    return lse_image, lse_text, top_image, top_text, terms
 
 
 class _Online:
     """Running maximum and sum of exponentials: ``log sum exp`` in one pass, with true maxima."""
 
-    def __init__(self, size: int, like: Tensor) -> None:
-        self.maximum = like.new_full((size,), -torch.inf)
-        self.total = like.new_zeros(size)
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.maximum = self.total = torch.empty(0)
 
     def add(self, at: slice, maximum: Tensor, total: Tensor) -> None:
         """Take in ``sum exp(x - maximum) = total`` of more entries of the rows (columns) ``at``."""
+        if not len(self.maximum):
+            if len(maximum) == self.size:
+                self.maximum, self.total = maximum, total
+                return
+            self.maximum, self.total = maximum.new_full((self.size,), -torch.inf), total.new_zeros(self.size)
         before = self.maximum[at]
         joint = torch.maximum(before, maximum)
         self.total[at] = self.total[at] * (before - joint).exp() + total * (maximum - joint).exp()
@@ -154,66 +166,120 @@ class _Online:
         return self.maximum + self.total.log()
 
 
+class _Largest:
+    """Running maximum."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.value = torch.empty(0)
+
+    def add(self, at: slice, value: Tensor) -> None:
+        """Take in the maxima of more entries of the rows (columns) ``at``."""
+        if not len(self.value):
+            if len(value) == self.size:
+                self.value = value
+                return
+            self.value = value.new_full((self.size,), -torch.inf)
+        self.value[at] = torch.maximum(self.value[at], value)
+
+
 class _Statistics:
     """What one pass over the tiles of one pair of views collects."""
 
-    def __init__(self, rows: int, columns: int, like: Tensor, row_offset: int | None) -> None:
-        self.row, self.column = _Online(rows, like), _Online(columns, like)
+    def __init__(self, rows: int, columns: int, row_offset: int | None) -> None:
+        self.row, self.column = _Online(rows), _Online(columns)
         self.row_offset = row_offset
-        if row_offset is not None:
-            self.where = Positives.of(rows, columns, row_offset)
-            self.positive = like.new_full((rows,), -torch.inf)
-            # The largest logit before the positive in its row and in its column: with equal logits the first one is the
-            # top one, as torch.argmax has it, so that collapsed embeddings do not count as right.
-            self.row_before, self.column_before = (like.new_full((size,), -torch.inf) for size in (rows, columns))
+        self.positive: list[Tensor] = []
+        # The largest logit before the positive in its row and in its column: of equal logits the first one is the top
+        # one, as torch.argmax has it, so that collapsed embeddings do not count as right.
+        self.row_before, self.column_before = _Largest(rows), _Largest(columns)
 
-    def add(self, row: slice, column: slice, logits_NM: Tensor, scratch_NM: Tensor) -> None:
-        row_max, column_max = logits_NM.amax(1), logits_NM.amax(0)
-        if self.row_offset is not None:
-            self._add_positives(row, column, logits_NM, row_max, column_max)
-        one_exponential = _near(row_max, column_max)
+    def add(self, row: slice, column: slice, logits_NM: Tensor, tiles: Tiles) -> None:
+        """Take in a tile of logits, which is overwritten."""
+        if self.row_offset is None:
+            row_max, column_max = logits_NM.amax(1), logits_NM.amax(0)
+        else:
+            row_max, column_max = self._add_positives(row, column, logits_NM)
+        largest = row_max.max()
+        one_exponential = _near(largest, column_max)
         if not one_exponential:
-            torch.sub(logits_NM, column_max, out=scratch_NM).exp_()
+            scratch_NM = torch.sub(logits_NM, column_max, out=tiles.scratch(logits_NM)).exp_()
             self.column.add(column, column_max, scratch_NM.sum(0))
         logits_NM.sub_(row_max[:, None]).exp_()
-        self.row.add(row, row_max, logits_NM.sum(1))
         if one_exponential:
-            largest = row_max.max()
             total = (row_max - largest).exp() @ logits_NM
             self.column.add(column, column_max, total * (largest - column_max).exp())
+        self.row.add(row, row_max, logits_NM.sum(1))
 
-    def _add_positives(self, row: slice, column: slice, logits: Tensor, row_max: Tensor, column_max: Tensor) -> None:
+    def _add_positives(self, row: slice, column: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in the tile's positives and what comes before them; gives the maxima of its rows and columns."""
         assert self.row_offset is not None
         offset = row.start + self.row_offset - column.start  # within the tile, row i's positive is column i + offset
-        here = self.row_before[row]
-        torch.maximum(here, _before_diagonal(logits, offset, row_max), out=here)
-        here = self.column_before[column]
-        torch.maximum(here, _before_diagonal(logits.T, -offset, column_max), out=here)
-        found = _diagonal(logits, offset)
-        start = row.start + max(0, -offset)
-        self.positive[start : start + found.shape[0]] = found
+        diagonal_P = _diagonal(logits, offset)
+        # Tiles come row by row, and a row's positives from left to right: in the order of the pairs.
+        positive_P = diagonal_P.clone()
+        self.positive.append(positive_P)
+        diagonal_P.fill_(-torch.inf)
+        row_max, column_max = logits.amax(1), logits.amax(0)
+        diagonal_P.copy_(positive_P)
+        own_row = row_max.narrow(0, max(0, -offset) if len(positive_P) else 0, len(positive_P))
+        own_column = column_max.narrow(0, max(0, offset) if len(positive_P) else 0, len(positive_P))
+        # Ties are rare, and looking for the first of equals costs; only the CPU can tell without waiting.
+        tied = logits.device.type != "cpu" or bool(((own_row == positive_P) | (own_column == positive_P)).any())
+        torch.maximum(own_row, positive_P, out=own_row)
+        torch.maximum(own_column, positive_P, out=own_column)
+        if tied or logits.shape != (self.row.size, self.column.size):
+            self.row_before.add(row, _before_diagonal(logits, offset, row_max, tied))
+            self.column_before.add(column, _before_diagonal(logits.T, -offset, column_max, tied))
+        return row_max, column_max
+
+    def terms(self, lse_N: Tensor, lse_M: Tensor, smoothing: float, mean_logits: Tensor | None) -> Tensor:
+        """Loss image to text, loss text to image, and the accuracies (percent) of both: (4,)."""
+        assert self.row_offset is not None
+        where = Positives.of(self.row.size, self.column.size, self.row_offset)
+        positive_P = torch.cat(self.positive) if len(self.positive) > 1 else self.positive[0]
+
+        def both(row: Tensor, column: Tensor) -> Tensor:
+            return torch.stack([where.per_row(row), where.per_column(column)])
+
+        losses_2 = both(lse_N, lse_M).sub_(positive_P, alpha=1 - smoothing).mean(1)
+        if mean_logits is not None:
+            losses_2 -= smoothing * mean_logits
+        right_2P = both(self.row.maximum, self.column.maximum) == positive_P
+        if len(self.row_before.value):
+            right_2P &= both(self.row_before.value, self.column_before.value) < positive_P
+        return torch.cat([losses_2, right_2P.sum(1, dtype=losses_2.dtype) * (100 / where.count)])
 
 
-def _near(high: Tensor, low: Tensor) -> bool:
-    """Whether ``exp(x - high)``, times ``exp(high - low)``, is as good as ``exp(x - low)`` for all given values.
+def _near(largest: Tensor, low: Tensor) -> bool:
+    """Whether exponentials relative to rows' references, of which ``largest`` is the largest, serve the columns too.
 
-    It is, unless the range of the type is left; then an exponential each is taken. To know it, the CPU only looks;
-    on another device it would have to wait.
+    ``exp(x - low) = exp(x - high) exp(high - low)`` holds in floating point unless the range of the type is left; then
+    an exponential each is taken. To know it, the CPU only looks; another device would have to wait.
     """
-    limit = -math.log(torch.finfo(high.dtype).tiny) - MARGIN
-    return high.device.type == "cpu" and bool(high.max() - low.min() < limit)
+    limit = -math.log(torch.finfo(low.dtype).tiny) - MARGIN
+    return low.device.type == "cpu" and (largest - low.min()).item() < limit
 
 
-def _before_diagonal(logits: Tensor, offset: int, row_max: Tensor) -> Tensor:
+@functools.cache
+def _upper_triangle(device: torch.device) -> Tensor:
+    """True on and above the diagonal of a corner."""
+    return torch.ones(CORNER, CORNER, dtype=torch.bool, device=device).triu()
+
+
+def _before_diagonal(logits: Tensor, offset: int, row_max: Tensor, tied: bool) -> Tensor:
     """Per row i, the largest entry in columns below ``i + offset``; ``row_max`` is that of all columns.
 
-    Whole blocks up to the diagonal, then the triangle's corner that a block of rows leaves.
+    Where no entry equals its row's positive, rows whose positive lies in the tile need no answer (-inf): one that is not
+    the largest is wrong anyway. Else whole blocks up to the diagonal, then the corner that a block of rows leaves.
     """
     rows, columns = logits.shape
     best = torch.full_like(row_max, -torch.inf)
     first, last = (min(max(row, 0), rows) for row in (-offset, columns - offset))  # the diagonal crosses these
     best[last:] = row_max[last:]
-    not_before = torch.ones(CORNER, CORNER, dtype=torch.bool, device=logits.device).triu()
+    if not tied:
+        return best
+    not_before = _upper_triangle(logits.device)
     for start in range(first, last, CORNER):
         stop = min(start + CORNER, last)
         corner = logits[start:stop, start + offset : stop + offset]
@@ -224,39 +290,14 @@ def _before_diagonal(logits: Tensor, offset: int, row_max: Tensor) -> Tensor:
     return best
 
 
-def _mean_logits(x_ND: Tensor, y_MD: Tensor, scale: Tensor, row_offset: int) -> tuple[Tensor, Tensor]:
-    """Mean logit over (rows with a positive) x (all columns), and over (all rows) x (columns with a positive).
+def _mean_logits(x_ND: Tensor, y_MD: Tensor, scale: Tensor, row_offset: int) -> Tensor:
+    """Mean logit over (rows with a positive) x (all columns), and over (all rows) x (columns with a positive): (2,).
 
     A sum of products is a product of sums: no N x M work.
     """
     where = Positives.of(len(x_ND), len(y_MD), row_offset)
     x_DP, y_DP = where.per_row(x_ND.T), where.per_column(y_MD.T)
-    return scale * x_DP.mean(1) @ y_MD.mean(0), scale * x_ND.mean(0) @ y_DP.mean(1)
-
-
-def _pair_terms(
-    statistics: _Statistics,
-    lse_N: Tensor,
-    lse_M: Tensor,
-    means: tuple[Tensor | float, Tensor | float],
-    smoothing: float,
-    out_4: Tensor,
-) -> None:
-    """Loss image to text, loss text to image, and the accuracies (percent) of both."""
-    where = statistics.where
-    positive_P = where.per_row(statistics.positive)
-    directions = (
-        (where.per_row(lse_N), where.per_row(statistics.row.maximum), where.per_row(statistics.row_before)),
-        (
-            where.per_column(lse_M),
-            where.per_column(statistics.column.maximum),
-            where.per_column(statistics.column_before),
-        ),
-    )
-    for index, (lse_P, maximum_P, before_P) in enumerate(directions):
-        out_4[index] = (lse_P - (1 - smoothing) * positive_P).mean() - smoothing * means[index]
-        right_P = (positive_P == maximum_P) & (positive_P > before_P)
-        out_4[2 + index] = 100 * right_P.to(out_4.dtype).mean()
+    return scale * torch.stack([x_DP.mean(1) @ y_MD.mean(0), x_ND.mean(0) @ y_DP.mean(1)])
 
 
 # --- backward: the logits once more, their gradient in place, two products --------------------------------------------
@@ -332,8 +373,8 @@ class _PairGradient:
     ) -> None:
         self.lse_N, self.lse_M, self.weight_N, self.weight_M = lse_N, lse_M, weight_N, weight_M
         self.smoothing, self.row_offset = smoothing, row_offset
-        self.one_exponential = _near(lse_N, lse_M) and _near(lse_M, lse_N)
-        self.middle = lse_N.mean()
+        self.largest = lse_N.max()
+        self.one_exponential = _near(self.largest, lse_M)
 
     def accumulate(
         self, x_ND: Tensor, y_MD: Tensor, scale: Tensor, d_row_ND: Tensor, d_text_MD: Tensor | None, tiles: Tiles
@@ -342,9 +383,8 @@ class _PairGradient:
         for row in tiles.row_slices():
             scaled_ND = x_ND[row] * scale
             for column in tiles.column_slices():
-                logits_NM, scratch_NM = tiles.buffers(row, column)
-                torch.mm(scaled_ND, y_MD[column].T, out=logits_NM)
-                self._to_gradient(row, column, logits_NM, scratch_NM)
+                logits_NM = tiles.logits(scaled_ND, y_MD[column])
+                self._to_gradient(row, column, logits_NM, tiles.scratch(logits_NM))
                 d_row_ND[row].addmm_(logits_NM, y_MD[column], beta=float(column.start > 0))
                 if d_text_MD is not None:
                     d_text_MD[column].addmm_(logits_NM.T, scaled_ND)
@@ -358,8 +398,8 @@ class _PairGradient:
         if self.one_exponential:
             # exp(S - c) = exp(S - r) exp(r - c), and the second factor is a product of a row's and a column's number.
             torch.mm(
-                torch.stack([weight_row, (lse_row - self.middle).exp()], dim=1),
-                torch.stack([torch.ones_like(weight_column), weight_column * (self.middle - lse_column).exp()]),
+                torch.stack([weight_row, (lse_row - self.largest).exp()], dim=1),
+                torch.stack([torch.ones_like(weight_column), weight_column * (self.largest - lse_column).exp()]),
                 out=scratch_NM,
             )
             logits_NM.sub_(lse_row[:, None]).exp_().mul_(scratch_NM)
@@ -410,10 +450,9 @@ def sigmoid_forward_backward(
     for row in tiles.row_slices():
         scaled_ND = x_ND[row] * scale
         for column in tiles.column_slices():
-            logits_NM, scratch_NM = tiles.buffers(row, column)
-            torch.mm(scaled_ND, y_MD[column].T, out=logits_NM).add_(bias)
+            logits_NM = tiles.logits(scaled_ND, y_MD[column]).add_(bias)
             positive = _diagonal(logits_NM, row.start + row_offset - column.start)
-            loss += _softplus_sum(logits_NM, scratch_NM) - positive.sum(dtype=torch.float64)
+            loss += _softplus_sum(logits_NM, tiles.scratch(logits_NM)) - positive.sum(dtype=torch.float64)
             if need_grad:
                 logits_NM.sigmoid_()
                 positive.sub_(1)

@@ -1,0 +1,247 @@
+"""The Triton kernels compiled ahead of time at every pinned configuration: registers, stack, shared memory, tensor cores.
+
+Needs triton, but no GPU. What is compiled is what would be launched: the launchers run on tensors without data (device
+"meta"), their launches are recorded, and each kernel is compiled for an architecture with the specialisations (pointers
+and sizes divisible by 16) that the launch would have.
+
+    python -m rocket_fast.kernels.compile_check [--markdown]
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from rocket_fast.errors import optional_import
+from rocket_fast.kernels import triton_contrastive as contrastive
+
+triton: Any = optional_import("triton", "gpu")
+
+ARCHITECTURES = (80, 90, 100)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SIZES: tuple[contrastive.Size, ...] = ("large", "small")
+# What ptx calls the instruction that feeds the tensor cores; float32 is multiplied without them.
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+PRODUCT_KERNELS = ("_forward_kernel", "_gradient_kernel")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: the operations of which architecture's table, on what inputs, with which options."""
+
+    arch: int
+    dtype: str
+    D: int
+    size: contrastive.Size = "large"
+    normalize: bool = False
+    smoothing: float = 0.0
+    table: int | None = None  # the architecture whose pinned configurations are taken; its own if None
+
+    @property
+    def options(self) -> str:
+        return "+".join(
+            name for name, on in (("normalize", self.normalize), ("smoothing", self.smoothing > 0)) if on
+        ) or "-"  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    """All that one kernel's compilation depends on, but for the architecture."""
+
+    kernel: Any
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[int, Any], ...]
+    aligned: tuple[int, ...]
+    warps: int
+    stages: int
+
+    @property
+    def tile(self) -> str:
+        named = {self.kernel.arg_names[index]: value for index, value in self.constants}
+        sizes = [str(named[name]) for name in ("ROWS", "COLUMNS", "WIDTH", "BLOCK") if name in named]
+        return "x".join(sizes) + f" w{self.warps} s{self.stages}"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """A compiled kernel: registers a thread, bytes of stack a thread and of shared memory a program, tensor cores."""
+
+    registers: int
+    stack: int
+    shared: int
+    instruction: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    kernel: str
+    arch: int
+    dtype: str
+    D: int
+    size: str
+    options: str
+    config: str
+    registers: int
+    stack: int
+    shared: int
+    instruction: str
+
+
+# --- what would be launched ---------------------------------------------------------------------------------------------
+
+
+def launches(case: Case) -> list[Launch]:
+    """The kernels that the operations of ``case`` launch, each once."""
+    recorded: list[Launch] = []
+
+    def record(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        launch = _describe(kernel, args, options)
+        if launch not in recorded:
+            recorded.append(launch)
+
+    table = case.arch if case.table is None else case.table
+    with (
+        mock.patch.object(contrastive, "_launch", record),
+        mock.patch.object(contrastive, "_architecture", lambda device: table),
+    ):
+        _run_operations(case)
+    return recorded
+
+
+def _run_operations(case: Case) -> None:
+    """Every operation once, forward and backward, on tensors that hold nothing."""
+    samples = 4096 if case.size == "large" else 64
+    x = torch.empty(1, samples, case.D, dtype=DTYPES[case.dtype], device="meta")
+    one, lse = x.new_empty(1, 1, dtype=torch.float32), x.new_empty(1, 1, samples, dtype=torch.float32)
+    shared: dict[str, Any] = {"row_offset": 0, "normalize": case.normalize, "workspace": 2**26}
+    softmax: dict[str, Any] = {"smoothing": [case.smoothing], "diagonal": True, **shared}
+    contrastive.contrastive_forward(x, x, one, **softmax)
+    contrastive.contrastive_backward(x, x, one, lse, lse, lse, lse, need_image=True, need_text=True, **softmax)
+    if not case.smoothing:
+        contrastive.sigmoid_forward_backward(x[0], x[0], one, one, need_grad=True, **shared)
+
+
+def _describe(kernel: Any, args: Sequence[Any], options: dict[str, int]) -> Launch:
+    """The arguments of a launch as the compiler sees them."""
+    signature, constants, aligned = [], [], []
+    for index, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
+        kind, fixed, even = _specialisation(parameter, value)
+        signature.append((parameter.name, kind))
+        if fixed:
+            constants.append((index, value))
+        if even:
+            aligned.append(index)
+    return Launch(
+        kernel, tuple(signature), tuple(constants), tuple(aligned), options["num_warps"], options.get("num_stages", 3)
+    )
+
+
+def _specialisation(parameter: Any, value: Any) -> tuple[str, bool, bool]:
+    """Type, whether the value is compiled in, whether it is known to be divisible by 16."""
+    if parameter.is_constexpr:
+        return "constexpr", True, False
+    if isinstance(value, torch.Tensor):
+        names = {torch.float32: "fp32", **{dtype: name for name, dtype in DTYPES.items()}}
+        return f"*{names[value.dtype]}", False, True
+    if isinstance(value, float):
+        return "fp32", False, False
+    if value == 1 and not parameter.do_not_specialize:
+        return "constexpr", True, False
+    kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+    return kind, False, value % 16 == 0 and not parameter.do_not_specialize
+
+
+# --- compilation --------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def compiled(launch: Launch, arch: int) -> Resources:
+    """Compile, and read the assembler's report."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(
+        launch.kernel,
+        dict(launch.signature),
+        constexprs={(index,): value for index, value in launch.constants},
+        attrs={(index,): [["tt.divisibility", 16]] for index in launch.aligned},
+    )
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    registers, stack = _resource_usage(binary.asm["cubin"])
+    instruction = TENSOR_CORES[arch] if TENSOR_CORES[arch] in binary.asm["ptx"] else ""
+    return Resources(registers, stack, binary.metadata.shared, instruction)
+
+
+def _resource_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack a thread, as cuobjdump (it comes with triton) reports them."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [str(tool), "--dump-resource-usage", str(path)]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    assert found is not None, report
+    return int(found[1]), int(found[2])
+
+
+def rows(cases: Iterable[Case]) -> Iterator[Row]:
+    """One row for every kernel of every case."""
+    for case in cases:
+        for launch in launches(case):
+            resources = compiled(launch, case.arch)
+            size = case.size + ("" if case.table is None else " (default)")
+            yield Row(
+                launch.kernel.__name__, case.arch, case.dtype, case.D, size, case.options, launch.tile,
+                *astuple(resources),
+            )  # fmt: skip
+
+
+def all_cases() -> list[Case]:
+    """Every pinned configuration with every option; the default one on the oldest and the newest architecture."""
+    inputs = [("bf16", width) for width in (256, 512, 768, 1024)] + [("fp16", 512), ("fp32", 512)]
+    cases = [
+        Case(arch, dtype, D, size, normalize, smoothing)
+        for arch, (dtype, D), size, normalize, smoothing in itertools.product(
+            ARCHITECTURES, inputs, SIZES, (False, True), (0.0, 0.1)
+        )
+    ]
+    default = itertools.product((80, 100), DTYPES, SIZES, (False, True))
+    cases += [Case(arch, dtype, 512, size, normalize, 0.1, table=0) for arch, dtype, size, normalize in default]
+    return cases
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table; fail where a kernel uses the stack."""
+    parser = argparse.ArgumentParser(description="Registers, stack and shared memory of the Triton kernels.")
+    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    markdown = parser.parse_args(arguments).markdown
+    separator = " | " if markdown else "\t"
+    names = [field.name for field in fields(Row)]
+    print(separator.join(names))
+    if markdown:
+        print(separator.join("---" for _ in names))
+    spilled = 0
+    for row in dict.fromkeys(rows(all_cases())):
+        print(separator.join(str(value) for value in astuple(row)), flush=True)
+        spilled += row.stack > 0
+    if spilled:
+        raise SystemExit(f"{spilled} kernels use the stack")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1198 @@
+"""The contrastive operations as Triton kernels, for NVIDIA (tables for sm_80, sm_90, sm_100) and, untuned, for ROCm.
+
+Shapes: A image views of N images, B text views of M texts, D embedding width; the A * B pairs of views are blocks of one
+problem and share every launch. For views a and b, ``S = scale[a, b] * X_a Y_b^T``. Row i's positive is column
+``i + row_offset``; P rows (and columns) have one.
+
+Forward. A program owns a square of tiles of S ("super-tile"): row statistics stay in its registers while it walks along
+a row of tiles, column statistics in a slice of global memory that no other program touches. Partial statistics are thus
+(super-columns, N) and (super-rows, M), some MB at any size, and a second kernel joins them. Backward. One kernel writes
+a chunk of G, the gradient to ``X_a Y_b^T``, no larger than the workspace, and two library products turn it into
+gradients. No atomics, every sum in a fixed order: results repeat to the bit.
+
+What it costs (a 128 x 128 tile, D = 512, on one sm_90 multiprocessor): products 16.8 MFLOP, 4096 cycles at the peak;
+operands 256 KiB, from L2; 16,384 exponentials, 1024 cycles (one each: rows and columns share it wherever their maxima
+are near enough, which is checked tile by tile); about ten other instructions an entry, 1300 cycles. With two programs
+on a multiprocessor one's exponentials hide behind the other's products.
+
+Importing this file needs triton; with ``TRITON_INTERPRET=1`` set before, everything here runs on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import typing as t  # kernels find names in modules only
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rocket_fast.errors import optional_import
+
+triton: Any = optional_import("triton", "gpu")
+tl: Any = optional_import("triton.language", "gpu")
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies bfloat16 numbers as if their bits were integers
+LOG2E = tl.constexpr(1.4426950408889634)
+SMALLEST_NORM = tl.constexpr(1e-12)  # as in torch.nn.functional.normalize
+
+# Rows and columns of a tile share one exponential, taken relative to one number, while their references are no further
+# apart than this (nats). Forward: what is lost to underflow is below e^-27 of its row's sum. Backward: below e^-87.
+FORWARD_SPREAD = tl.constexpr(60.0)
+BACKWARD_SPREAD = tl.constexpr(80.0)
+
+# --- kernels: shared parts ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _products(
+    x_ptr: t.Any,
+    y_ptr: t.Any,
+    first_row: t.Any,
+    first_column: t.Any,
+    end_row: t.Any,
+    end_column: t.Any,
+    D: t.Any,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> Any:
+    """A (ROWS, COLUMNS) tile of ``X Y^T`` in float32, zeros outside; float32 inputs are multiplied as they are."""
+    row, column, k = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, WIDTH)
+    x_ptrs = x_ptr + tl.cast(first_row, tl.int64) * D + row[:, None] * D + k[None, :]
+    y_ptrs = y_ptr + tl.cast(first_column, tl.int64) * D + column[None, :] * D + k[:, None]
+    row_ok, column_ok = (first_row + row < end_row)[:, None], (first_column + column < end_column)[None, :]
+    products = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, D, WIDTH):
+        x = tl.load(x_ptrs, mask=row_ok & (k[None, :] < D - start), other=0.0)
+        y = tl.load(y_ptrs, mask=column_ok & (k[:, None] < D - start), other=0.0)
+        if WIDEN:
+            x, y = x.to(tl.float32), y.to(tl.float32)
+        products = tl.dot(x, y, products, input_precision="ieee")
+        x_ptrs += WIDTH
+        y_ptrs += WIDTH
+    return products
+
+
+@triton.jit
+def _grouped(index: t.Any, rows: t.Any, columns: t.Any, GROUP: tl.constexpr) -> Any:
+    """Row and column of the ``index``-th tile, GROUP rows of tiles at a time: neighbours in time share operands in L2."""
+    band = index // (GROUP * columns)
+    height = min(rows - band * GROUP, GROUP)
+    within = index % (GROUP * columns)
+    return band * GROUP + within % height, within // height
+
+
+@triton.jit
+def _join(maximum: t.Any, total: t.Any, other_maximum: t.Any, other_total: t.Any) -> Any:
+    """Two parts of a log-sum-exp in one: ``sum exp(x - maximum) = total``; one of the maxima is finite."""
+    joint = tl.maximum(maximum, other_maximum)
+    scaled = total * tl.exp2((maximum - joint) * LOG2E)
+    return joint, scaled + other_total * tl.exp2((other_maximum - joint) * LOG2E)
+
+
+# --- kernels: forward ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _tile_sums(logits: t.Any, row_max: t.Any, column_max: t.Any, row_ok: t.Any, column_ok: t.Any) -> Any:
+    """Row and column sums of ``exp(logits - maximum)`` and the finite maxima they refer to.
+
+    One exponential an entry where all maxima of the tile are near each other, two elsewhere.
+    """
+    top = tl.max(row_max, 0)
+    row_max = tl.where(row_ok, row_max, top)
+    column_max = tl.where(column_ok, column_max, top)
+    bottom = tl.minimum(tl.min(row_max, 0), tl.min(column_max, 0))
+    if top - bottom <= FORWARD_SPREAD:
+        exponentials = tl.exp2((logits - top) * LOG2E)
+        row_sum = tl.sum(exponentials, 1) * tl.exp2((top - row_max) * LOG2E)
+        column_sum = tl.sum(exponentials, 0) * tl.exp2((top - column_max) * LOG2E)
+    else:
+        row_sum = tl.sum(tl.exp2((logits - row_max[:, None]) * LOG2E), 1)
+        column_sum = tl.sum(tl.exp2((logits - column_max[None, :]) * LOG2E), 0)
+    return row_max, row_sum, column_max, column_sum
+
+
+@triton.jit
+def _before_positives(
+    logits: t.Any, row_max: t.Any, column_max: t.Any, rows: t.Any, columns: t.Any, row_offset: t.Any, positive_ptr: t.Any,
+    N: t.Any, M: t.Any, first_row: t.Any, first_column: t.Any, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Per row and per column the tile's largest logit before the positive; stores the positives it meets.
+
+    Only tiles that the diagonal crosses look at single entries.
+    """
+    below = first_column + COLUMNS - 1 < first_row + row_offset  # every entry lies before its row's positive
+    above = first_column > first_row + ROWS - 1 + row_offset  # every entry lies before its column's positive
+    row_before = tl.where(below, row_max, -float("inf"))
+    column_before = tl.where(above, column_max, -float("inf"))
+    if (below | above) == 0:
+        beyond = (columns[None, :] - row_offset) - rows[:, None]
+        row_before = tl.max(tl.where(beyond < 0, logits, -float("inf")), 1)
+        column_before = tl.max(tl.where(beyond > 0, logits, -float("inf")), 0)
+        positive = tl.max(tl.where(beyond == 0, logits, -float("inf")), 1)
+        label = rows + row_offset
+        here = (label >= first_column) & (label < first_column + COLUMNS) & (label < M) & (rows < N)
+        tl.store(positive_ptr + rows, positive, mask=here)
+    return row_before, column_before
+
+
+@triton.jit(do_not_specialize=["N", "M", "text_views", "row_offset", "super_rows", "super_columns"])
+def _forward_kernel(
+    x_ptr: t.Any,  # (A, N, D)
+    y_ptr: t.Any,  # (B, M, D)
+    inverse_x_ptr: t.Any,  # (A, N), read if NORMALIZE
+    inverse_y_ptr: t.Any,  # (B, M)
+    scale_ptr: t.Any,  # (A, B)
+    row_part_ptr: t.Any,  # (maximum, sum[, largest before the positive]; A * B; super-columns; N)
+    column_part_ptr: t.Any,  # likewise (..., super-rows, M)
+    positive_ptr: t.Any,  # (A * B, N), written if DIAGONAL
+    total_ptr: t.Any,  # (2, A * B, programs), written if SMOOTH
+    N: t.Any,
+    M: t.Any,
+    D: t.Any,
+    text_views: t.Any,
+    row_offset: t.Any,
+    super_rows: t.Any,  # height of a super-tile, in tiles
+    super_columns: t.Any,
+    NORMALIZE: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+) -> None:
+    """Partial statistics of rows and columns of one super-tile of one pair."""
+    pair, pairs = tl.program_id(1), tl.num_programs(1)
+    image, text = pair // text_views, pair % text_views
+    x_ptr += image.to(tl.int64) * N * D
+    y_ptr += text.to(tl.int64) * M * D
+    row_blocks, column_blocks = tl.cdiv(N, ROWS), tl.cdiv(M, COLUMNS)
+    high, wide = tl.cdiv(row_blocks, super_rows), tl.cdiv(column_blocks, super_columns)
+    super_row, super_column = _grouped(tl.program_id(0), high, wide, GROUP)
+    row_part_ptr += (pair * wide + super_column).to(tl.int64) * N
+    column_part_ptr += (pair * high + super_row).to(tl.int64) * M
+    row_stride, column_stride = (pairs * wide).to(tl.int64) * N, (pairs * high).to(tl.int64) * M
+    positive_ptr += pair.to(tl.int64) * N
+    scale = tl.load(scale_ptr + pair)
+    row_block, column_block = super_row * super_rows, super_column * super_columns
+    image_total, text_total = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+
+    for block_row in range(row_block, min(row_block + super_rows, row_blocks)):
+        rows = block_row * ROWS + tl.arange(0, ROWS)
+        row_ok = rows < N
+        maximum = tl.full((ROWS,), -float("inf"), tl.float32)
+        before = tl.full((ROWS,), -float("inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        for block_column in range(column_block, min(column_block + super_columns, column_blocks)):
+            columns = block_column * COLUMNS + tl.arange(0, COLUMNS)
+            column_ok = columns < M
+            logits = _products(
+                x_ptr, y_ptr, block_row * ROWS, block_column * COLUMNS, N, M, D, ROWS, COLUMNS, WIDTH
+            )
+            if NORMALIZE:
+                logits *= tl.load(inverse_x_ptr + image * N + rows, mask=row_ok, other=0.0)[:, None]
+                logits *= tl.load(inverse_y_ptr + text * M + columns, mask=column_ok, other=0.0)[None, :]
+            logits *= scale
+            if SMOOTH:
+                has_row, has_column = rows + row_offset, columns - row_offset
+                image_total += tl.where((has_row >= 0) & (has_row < M), tl.sum(logits, 1), 0.0)
+                has_column = (has_column >= 0) & (has_column < N)
+                text_total += tl.sum(tl.where(has_column[None, :], logits, 0.0), 1)
+            logits = tl.where(row_ok[:, None] & column_ok[None, :], logits, -float("inf"))
+            row_max, column_max = tl.max(logits, 1), tl.max(logits, 0)
+            # The statistics of these columns were last written by this program, one row of tiles above: the barrier
+            # makes the other threads' stores visible.
+            tl.debug_barrier()
+            seen = column_ok & (block_row > row_block)
+            part_ptrs = column_part_ptr + columns
+            old_max = tl.load(part_ptrs, mask=seen, other=-float("inf"))
+            old_sum = tl.load(part_ptrs + column_stride, mask=seen, other=0.0)
+            if DIAGONAL:
+                row_before, column_before = _before_positives(
+                    logits, row_max, column_max, rows, columns, row_offset, positive_ptr, N, M,
+                    block_row * ROWS, block_column * COLUMNS, ROWS, COLUMNS,
+                )  # fmt: skip
+                before = tl.maximum(before, row_before)
+                old_before = tl.load(part_ptrs + 2 * column_stride, mask=seen, other=-float("inf"))
+                tl.store(part_ptrs + 2 * column_stride, tl.maximum(old_before, column_before), mask=column_ok)
+            row_max, row_sum, column_max, column_sum = _tile_sums(logits, row_max, column_max, row_ok, column_ok)
+            maximum, total = _join(maximum, total, row_max, row_sum)
+            new_max, new_sum = _join(old_max, old_sum, column_max, column_sum)
+            tl.store(part_ptrs, new_max, mask=column_ok)
+            tl.store(part_ptrs + column_stride, new_sum, mask=column_ok)
+        tl.store(row_part_ptr + rows, maximum, mask=row_ok)
+        tl.store(row_part_ptr + row_stride + rows, total, mask=row_ok)
+        if DIAGONAL:
+            tl.store(row_part_ptr + 2 * row_stride + rows, before, mask=row_ok)
+    if SMOOTH:
+        at = total_ptr + pair * tl.num_programs(0) + tl.program_id(0)
+        tl.store(at, tl.sum(image_total, 0))
+        tl.store(at + pairs * tl.num_programs(0), tl.sum(text_total, 0))
+
+
+@triton.jit
+def _join_side(
+    part_ptr: t.Any, lse_ptr: t.Any, positive_ptr: t.Any, term_ptr: t.Any, smoothing_ptr: t.Any, pair: t.Any, pairs: t.Any,
+    first: t.Any, parts: t.Any, size: t.Any, other_size: t.Any, offset: t.Any,
+    BY_ROW: tl.constexpr, DIAGONAL: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """Log-sum-exps of a block of rows (or columns) from their parts; the block's share of loss and accuracy."""
+    index = first + tl.arange(0, BLOCK)
+    ok = index < size
+    ptrs = part_ptr + (pair * parts).to(tl.int64) * size + index
+    stride = (pairs * parts).to(tl.int64) * size
+    maximum = tl.load(ptrs, mask=ok, other=0.0)
+    total = tl.load(ptrs + stride, mask=ok, other=1.0)
+    before = tl.full((BLOCK,), -float("inf"), tl.float32)
+    if DIAGONAL:
+        before = tl.load(ptrs + 2 * stride, mask=ok, other=-float("inf"))
+    for _ in range(1, parts):
+        ptrs += size
+        part_max = tl.load(ptrs, mask=ok, other=0.0)
+        part_sum = tl.load(ptrs + stride, mask=ok, other=0.0)
+        maximum, total = _join(maximum, total, part_max, part_sum)
+        if DIAGONAL:
+            before = tl.maximum(before, tl.load(ptrs + 2 * stride, mask=ok, other=-float("inf")))
+    lse = maximum + tl.log(total)
+    tl.store(lse_ptr + pair.to(tl.int64) * size + index, lse, mask=ok)
+    if DIAGONAL:
+        partner = index + offset
+        matched = ok & (partner >= 0) & (partner < other_size)
+        if BY_ROW:
+            positive = tl.load(positive_ptr + pair.to(tl.int64) * size + index, mask=matched, other=0.0)
+        else:
+            positive = tl.load(positive_ptr + pair.to(tl.int64) * other_size + partner, mask=matched, other=0.0)
+        loss = lse - positive
+        if SMOOTH:
+            loss += tl.load(smoothing_ptr + pair) * positive
+        right = matched & (positive == maximum) & (positive > before)
+        tl.store(term_ptr, tl.sum(tl.where(matched, loss, 0.0), 0))
+        tl.store(term_ptr + 1, tl.sum(right.to(tl.float32), 0))
+
+
+@triton.jit(do_not_specialize=["N", "M", "row_offset", "row_parts", "column_parts"])
+def _join_kernel(
+    row_part_ptr: t.Any,  # as _forward_kernel wrote them
+    column_part_ptr: t.Any,
+    positive_ptr: t.Any,
+    lse_image_ptr: t.Any,  # (A * B, N)
+    lse_text_ptr: t.Any,  # (A * B, M)
+    term_ptr: t.Any,  # (A * B, blocks of rows then of columns, 2), written if DIAGONAL: loss, number of right picks
+    smoothing_ptr: t.Any,  # (A * B), read if SMOOTH
+    N: t.Any,
+    M: t.Any,
+    row_offset: t.Any,
+    row_parts: t.Any,  # super-columns
+    column_parts: t.Any,  # super-rows
+    DIAGONAL: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Partial statistics to log-sum-exps, rows and columns in one launch."""
+    block, pair, pairs = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    row_blocks = tl.cdiv(N, BLOCK)
+    term_ptr += 2 * (pair * tl.num_programs(0) + block)
+    if block < row_blocks:
+        _join_side(
+            row_part_ptr, lse_image_ptr, positive_ptr, term_ptr, smoothing_ptr, pair, pairs,
+            block * BLOCK, row_parts, N, M, row_offset, True, DIAGONAL, SMOOTH, BLOCK,
+        )  # fmt: skip
+    else:
+        _join_side(
+            column_part_ptr, lse_text_ptr, positive_ptr, term_ptr, smoothing_ptr, pair, pairs,
+            (block - row_blocks) * BLOCK, column_parts, M, N, -row_offset, False, DIAGONAL, SMOOTH, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _sum(ptr: t.Any, count: t.Any, stride: t.Any, BLOCK: tl.constexpr) -> Any:
+    """The sum of ``count`` numbers ``stride`` apart, always in the same order."""
+    index = tl.arange(0, BLOCK)
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, count, BLOCK):
+        sums += tl.load(ptr + (start + index) * stride, mask=start + index < count, other=0.0)
+    return tl.sum(sums, 0)
+
+
+@triton.jit(do_not_specialize=["N", "M", "positives", "row_blocks", "column_blocks", "programs"])
+def _terms_kernel(
+    term_ptr: t.Any,  # as _join_kernel wrote them
+    total_ptr: t.Any,  # as _forward_kernel wrote them
+    smoothing_ptr: t.Any,  # (A * B)
+    out_ptr: t.Any,  # (A * B, 4): loss_image, loss_text, accuracy_image, accuracy_text
+    N: t.Any,
+    M: t.Any,
+    positives: t.Any,
+    row_blocks: t.Any,
+    column_blocks: t.Any,
+    programs: t.Any,
+    SMOOTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Means over the positives of one pair."""
+    pair, pairs = tl.program_id(0), tl.num_programs(0)
+    image_ptr = term_ptr + 2 * pair * (row_blocks + column_blocks)
+    text_ptr = image_ptr + 2 * row_blocks
+    image, text = _sum(image_ptr, row_blocks, 2, BLOCK), _sum(text_ptr, column_blocks, 2, BLOCK)
+    if SMOOTH:
+        smoothing = tl.load(smoothing_ptr + pair)
+        image -= smoothing * (_sum(total_ptr + pair * programs, programs, 1, BLOCK) / M)
+        text -= smoothing * (_sum(total_ptr + (pairs + pair) * programs, programs, 1, BLOCK) / N)
+    out_ptr += 4 * pair
+    tl.store(out_ptr, image / positives)
+    tl.store(out_ptr + 1, text / positives)
+    tl.store(out_ptr + 2, 100.0 * _sum(image_ptr + 1, row_blocks, 2, BLOCK) / positives)
+    tl.store(out_ptr + 3, 100.0 * _sum(text_ptr + 1, column_blocks, 2, BLOCK) / positives)
+
+
+# --- kernels: gradient --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _largest(ptr: t.Any, text_views: t.Any, pairs: t.Any, size: t.Any, s_a: t.Any, s_b: t.Any, s_n: t.Any, BLOCK: tl.constexpr) -> Any:
+    """The largest magnitude in a strided (A, B, size) array."""
+    most = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, pairs * size, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        pair = index // size
+        at = (pair // text_views).to(tl.int64) * s_a + (pair % text_views).to(tl.int64) * s_b
+        at += (index % size).to(tl.int64) * s_n
+        most = tl.maximum(most, tl.abs(tl.load(ptr + at, mask=index < pairs * size, other=0.0)))
+    return tl.max(most, 0)
+
+
+@triton.jit
+def _exponent(x: t.Any) -> Any:
+    """The least integer e with ``x <= 2^e``, as near as a logarithm in float32 tells; 0 for 0, infinity and NaN."""
+    usable = (x > 0.0) & (x < float("inf"))
+    return tl.where(usable, tl.ceil(tl.log2(tl.where(usable, x, 1.0))), 0.0)
+
+
+@triton.jit(do_not_specialize=["text_views", "pairs", "N", "M", "ia", "ib", "i_n", "ta", "tb", "tm"])
+def _unit_kernel(
+    scale_ptr: t.Any,  # (A, B)
+    weight_image_ptr: t.Any,  # (A, B, N) with strides ia, ib, i_n, read if WEIGHTS
+    weight_text_ptr: t.Any,  # (A, B, M) with strides ta, tb, tm
+    unit_ptr: t.Any,  # (2): what G is multiplied with before it is rounded, and the inverse
+    text_views: t.Any,
+    pairs: t.Any,
+    N: t.Any,
+    M: t.Any,
+    ia: t.Any,
+    ib: t.Any,
+    i_n: t.Any,
+    ta: t.Any,
+    tb: t.Any,
+    tm: t.Any,
+    HEADROOM: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """A power of two that brings scale * G to at most 2^(1 + HEADROOM): weights may be as small or large as they like."""
+    exponent = _exponent(_largest(scale_ptr, 1, pairs, 1, 1, 1, 1, BLOCK)) - HEADROOM
+    if WEIGHTS:
+        image = _largest(weight_image_ptr, text_views, pairs, N, ia, ib, i_n, BLOCK)
+        text = _largest(weight_text_ptr, text_views, pairs, M, ta, tb, tm, BLOCK)
+        exponent += _exponent(tl.maximum(image, text))
+    exponent = tl.minimum(tl.maximum(exponent, -120.0), 120.0)
+    tl.store(unit_ptr, tl.exp2(-exponent))
+    tl.store(unit_ptr + 1, tl.exp2(exponent))
+
+
+@triton.jit
+def _softmax_gradient(
+    logits: t.Any, lse_row: t.Any, lse_column: t.Any, weight_row: t.Any, weight_column: t.Any, row_ok: t.Any, column_ok: t.Any
+) -> Any:
+    """``w_i exp(S_ij - r_i) + w_j exp(S_ij - c_j)``; one exponential an entry where all r and c are near each other."""
+    least = tl.minimum(
+        tl.min(tl.where(row_ok, lse_row, float("inf")), 0), tl.min(tl.where(column_ok, lse_column, float("inf")), 0)
+    )
+    most = tl.maximum(
+        tl.max(tl.where(row_ok, lse_row, -float("inf")), 0), tl.max(tl.where(column_ok, lse_column, -float("inf")), 0)
+    )
+    if most - least <= BACKWARD_SPREAD:
+        by_row = weight_row * tl.exp2((least - lse_row) * LOG2E)
+        by_column = weight_column * tl.exp2((least - lse_column) * LOG2E)
+        gradient = tl.exp2((logits - least) * LOG2E) * (by_row[:, None] + by_column[None, :])
+    else:
+        gradient = weight_row[:, None] * tl.exp2((logits - lse_row[:, None]) * LOG2E)
+        gradient += weight_column[None, :] * tl.exp2((logits - lse_column[None, :]) * LOG2E)
+    return gradient
+
+
+@triton.jit
+def _log1p(x: t.Any) -> Any:
+    """``log(1 + x)`` for x in [0, 1], exact to float32's precision relative to the result."""
+    series = x * (1.0 - x * (0.5 - x * (1 / 3 - x * (0.25 - x * (0.2 - x * (1 / 6))))))
+    return tl.where(x < 0.0625, series, tl.log(1.0 + x))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "N", "M", "text_views", "row_offset", "ia", "ib", "i_n", "ta", "tb", "tm", "first_view", "views", "first_row",
+        "chunk_rows", "first_text_view", "chunk_text_views", "first_column", "chunk_columns", "pairs", "slots",
+        "first_slot",
+    ]
+)  # fmt: skip
+def _gradient_kernel(
+    x_ptr: t.Any,  # (A, N, D)
+    y_ptr: t.Any,  # (B, M, D)
+    inverse_x_ptr: t.Any,  # (A, N), read if NORMALIZE
+    inverse_y_ptr: t.Any,  # (B, M)
+    scale_ptr: t.Any,  # (A, B)
+    bias_ptr: t.Any,  # (1), read if SIGMOID
+    lse_image_ptr: t.Any,  # (A, B, N), read unless SIGMOID
+    lse_text_ptr: t.Any,  # (A, B, M)
+    weight_image_ptr: t.Any,  # (A, B, N) with strides ia, ib, i_n
+    weight_text_ptr: t.Any,  # (A, B, M) with strides ta, tb, tm
+    smoothing_ptr: t.Any,  # (A * B), read if SMOOTH
+    unit_ptr: t.Any,  # (2), of _unit_kernel
+    chunk_ptr: t.Any,  # (views * chunk_rows, chunk_stride), written if STORE
+    part_ptr: t.Any,  # (1 or, if SIGMOID, 3; A * B; slots)
+    N: t.Any,
+    M: t.Any,
+    D: t.Any,
+    text_views: t.Any,
+    row_offset: t.Any,
+    ia: t.Any,
+    ib: t.Any,
+    i_n: t.Any,
+    ta: t.Any,
+    tb: t.Any,
+    tm: t.Any,
+    first_view: t.Any,
+    views: t.Any,
+    first_row: t.Any,
+    chunk_rows: t.Any,  # a view's
+    first_text_view: t.Any,
+    chunk_text_views: t.Any,
+    first_column: t.Any,
+    chunk_columns: t.Any,
+    chunk_stride: t.Any,
+    pairs: t.Any,
+    slots: t.Any,
+    first_slot: t.Any,
+    NORMALIZE: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    STORE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+) -> None:
+    """One tile of the chunk, and its sums: of G * S / scale; if SIGMOID, of the loss, of G and of G * S / scale.
+
+    The chunk holds ``unit * scale * G``, with NORMALIZE also times both inverse norms.
+    """
+    row_blocks, column_blocks = tl.cdiv(chunk_rows, ROWS), tl.cdiv(chunk_columns, COLUMNS)
+    row_tile, column_tile = _grouped(
+        tl.program_id(0), views * row_blocks, chunk_text_views * column_blocks, GROUP
+    )
+    image, text = first_view + row_tile // row_blocks, first_text_view + column_tile // column_blocks
+    block_row, block_column = row_tile % row_blocks, column_tile % column_blocks
+    pair = image * text_views + text
+    chunk_row, chunk_column = block_row * ROWS + tl.arange(0, ROWS), block_column * COLUMNS + tl.arange(0, COLUMNS)
+    row_ok, column_ok = chunk_row < chunk_rows, chunk_column < chunk_columns
+    rows, columns = first_row + chunk_row, first_column + chunk_column
+    start_row, start_column = first_row + block_row * ROWS, first_column + block_column * COLUMNS
+
+    cosines = _products(
+        x_ptr + image.to(tl.int64) * N * D, y_ptr + text.to(tl.int64) * M * D, start_row, start_column,
+        first_row + chunk_rows, first_column + chunk_columns, D, ROWS, COLUMNS, WIDTH,
+    )  # fmt: skip
+    if NORMALIZE:
+        inverse_x = tl.load(inverse_x_ptr + image * N + rows, mask=row_ok, other=0.0)
+        inverse_y = tl.load(inverse_y_ptr + text * M + columns, mask=column_ok, other=0.0)
+        cosines *= inverse_x[:, None]
+        cosines *= inverse_y[None, :]
+    scale = tl.load(scale_ptr + pair)
+    unit = tl.load(unit_ptr)
+    below = start_column + COLUMNS - 1 < start_row + row_offset
+    above = start_column > start_row + ROWS - 1 + row_offset
+    crossing = (below | above) == 0
+    inside = row_ok[:, None] & column_ok[None, :]
+    at = part_ptr + pair.to(tl.int64) * slots + first_slot + block_row * column_blocks + block_column
+
+    if SIGMOID:
+        # Of an entry with sign z, everything is a function of q = -z (S + b): loss softplus(q), gradient -z sigmoid(q).
+        logits = cosines * scale + tl.load(bias_ptr)
+        if crossing:
+            positive = (columns[None, :] - row_offset) == rows[:, None]
+            logits = tl.where(positive, -logits, logits)
+        exponentials = tl.exp2(-tl.abs(logits) * LOG2E)
+        loss = tl.maximum(logits, 0.0) + _log1p(exponentials)
+        gradient = tl.where(logits >= 0.0, 1.0, exponentials) / (1.0 + exponentials)
+        if crossing:
+            positive = (columns[None, :] - row_offset) == rows[:, None]
+            gradient = tl.where(positive, -gradient, gradient)
+        gradient = tl.where(inside, gradient, 0.0)
+        stride = pairs.to(tl.int64) * slots
+        tl.store(at, tl.sum(tl.sum(tl.where(inside, loss, 0.0), 1), 0))
+        tl.store(at + stride, tl.sum(tl.sum(gradient, 1), 0))
+        at += 2 * stride
+        factor = scale * unit
+    else:
+        lse_row = tl.load(lse_image_ptr + pair.to(tl.int64) * N + rows, mask=row_ok, other=0.0)
+        lse_column = tl.load(lse_text_ptr + pair.to(tl.int64) * M + columns, mask=column_ok, other=0.0)
+        weight_image_ptr += image.to(tl.int64) * ia + text.to(tl.int64) * ib
+        weight_text_ptr += image.to(tl.int64) * ta + text.to(tl.int64) * tb
+        weight_row = unit * tl.load(weight_image_ptr + rows.to(tl.int64) * i_n, mask=row_ok, other=0.0)
+        weight_column = unit * tl.load(weight_text_ptr + columns.to(tl.int64) * tm, mask=column_ok, other=0.0)
+        gradient = _softmax_gradient(
+            cosines * scale, lse_row, lse_column, weight_row, weight_column, row_ok, column_ok
+        )
+        target = 1.0
+        if SMOOTH:
+            smoothing = tl.load(smoothing_ptr + pair)
+            gradient -= (weight_row * (smoothing / M))[:, None] + (weight_column * (smoothing / N))[None, :]
+            target = 1.0 - smoothing
+        if DIAGONAL:
+            if crossing:
+                positive = (columns[None, :] - row_offset) == rows[:, None]
+                both = target * (weight_row[:, None] + weight_column[None, :])
+                gradient = tl.where(positive, gradient - both, gradient)
+        gradient = tl.where(inside, gradient, 0.0)
+        factor = scale
+    tl.store(at, tl.sum(tl.sum(gradient * cosines, 1), 0))
+    if STORE:
+        if NORMALIZE:
+            gradient *= (inverse_x * factor)[:, None]
+            gradient *= inverse_y[None, :]
+        else:
+            gradient *= factor
+        chunk_ptr += ((row_tile // row_blocks) * chunk_rows + block_row * ROWS).to(tl.int64) * chunk_stride
+        chunk_ptr += (column_tile // column_blocks) * chunk_columns + block_column * COLUMNS
+        ptrs = chunk_ptr + tl.arange(0, ROWS)[:, None] * chunk_stride + tl.arange(0, COLUMNS)[None, :]
+        tl.store(ptrs, gradient.to(chunk_ptr.dtype.element_ty), mask=inside)
+
+
+# --- kernels: rows ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _unit_rows(
+    x_ptr: t.Any, inverse_ptr: t.Any, unit_ptr: t.Any, block: t.Any, count: t.Any, D: t.Any,
+    WRITE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+) -> None:  # fmt: skip
+    row, k = block * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    ok = row < count
+    at = row.to(tl.int64)[:, None] * D + k[None, :]
+    squares = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, D, WIDTH):
+        inside = ok[:, None] & (k[None, :] < D - start)
+        x = tl.load(x_ptr + at + start, mask=inside, other=0.0).to(tl.float32)
+        squares += tl.sum(x * x, 1)
+    inverse = 1.0 / tl.maximum(tl.sqrt(squares), SMALLEST_NORM)
+    tl.store(inverse_ptr + row, inverse, mask=ok)
+    if WRITE:
+        for start in range(0, D, WIDTH):
+            inside = ok[:, None] & (k[None, :] < D - start)
+            x = tl.load(x_ptr + at + start, mask=inside, other=0.0).to(tl.float32)
+            tl.store(unit_ptr + at + start, (x * inverse[:, None]).to(unit_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["x_rows", "y_rows"])
+def _norms_kernel(
+    x_ptr: t.Any,  # (x_rows, D)
+    y_ptr: t.Any,  # (y_rows, D)
+    inverse_x_ptr: t.Any,  # (x_rows)
+    inverse_y_ptr: t.Any,  # (y_rows)
+    unit_x_ptr: t.Any,  # (x_rows, D), written if WRITE
+    unit_y_ptr: t.Any,  # (y_rows, D)
+    x_rows: t.Any,
+    y_rows: t.Any,
+    D: t.Any,
+    WRITE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> None:
+    """Inverse norms of all rows of both sides, and the rows of unit length."""
+    block, x_blocks = tl.program_id(0), tl.cdiv(x_rows, ROWS)
+    if block < x_blocks:
+        _unit_rows(x_ptr, inverse_x_ptr, unit_x_ptr, block, x_rows, D, WRITE, ROWS, WIDTH)
+    else:
+        _unit_rows(y_ptr, inverse_y_ptr, unit_y_ptr, block - x_blocks, y_rows, D, WRITE, ROWS, WIDTH)
+
+
+@triton.jit
+def _finish_rows(
+    sum_ptr: t.Any, x_ptr: t.Any, inverse_ptr: t.Any, out_ptr: t.Any, factor: t.Any, block: t.Any, count: t.Any, D: t.Any,
+    NORMALIZE: tl.constexpr, FOLDED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+) -> None:  # fmt: skip
+    row, k = block * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    ok = row < count
+    at = row.to(tl.int64)[:, None] * D + k[None, :]
+    along = tl.zeros((ROWS,), tl.float32)
+    inverse = tl.full((ROWS,), 1.0, tl.float32)
+    if NORMALIZE:
+        inverse = tl.load(inverse_ptr + row, mask=ok, other=0.0)
+        for start in range(0, D, WIDTH):
+            inside = ok[:, None] & (k[None, :] < D - start)
+            gradient = tl.load(sum_ptr + at + start, mask=inside, other=0.0)
+            along += tl.sum(gradient * tl.load(x_ptr + at + start, mask=inside, other=0.0).to(tl.float32), 1)
+        # A norm at its lower bound is a constant.
+        along = tl.where(inverse * SMALLEST_NORM < 0.9999, along * inverse * inverse, 0.0)
+        if not FOLDED:
+            factor = factor * inverse
+        else:
+            factor = factor + tl.zeros((ROWS,), tl.float32)
+    else:
+        factor = factor + tl.zeros((ROWS,), tl.float32)
+    for start in range(0, D, WIDTH):
+        inside = ok[:, None] & (k[None, :] < D - start)
+        gradient = tl.load(sum_ptr + at + start, mask=inside, other=0.0)
+        if NORMALIZE:
+            x = tl.load(x_ptr + at + start, mask=inside, other=0.0).to(tl.float32)
+            gradient -= x * along[:, None]
+        gradient *= factor[:, None]
+        tl.store(out_ptr + at + start, gradient.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["factor", "x_rows", "y_rows"])
+def _finish_kernel(
+    x_sum_ptr: t.Any,  # (x_rows, D), float32: unit * gradient to the rows of unit length, if FOLDED times their inverse norm
+    y_sum_ptr: t.Any,  # (y_rows, D)
+    x_ptr: t.Any,  # (x_rows, D), read if NORMALIZE: the rows as given
+    y_ptr: t.Any,  # (y_rows, D)
+    inverse_x_ptr: t.Any,  # (x_rows)
+    inverse_y_ptr: t.Any,  # (y_rows)
+    d_x_ptr: t.Any,  # (x_rows, D); may be x_sum_ptr
+    d_y_ptr: t.Any,  # (y_rows, D); may be y_sum_ptr
+    unit_ptr: t.Any,  # (2), of _unit_kernel
+    factor: t.Any,
+    x_rows: t.Any,
+    y_rows: t.Any,
+    D: t.Any,
+    NORMALIZE: tl.constexpr,
+    FOLDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> None:
+    """Both sides' gradients: through the normalisation, ``factor / unit`` taken in, rounded once."""
+    block, x_blocks = tl.program_id(0), tl.cdiv(x_rows, ROWS)
+    factor = factor * tl.load(unit_ptr + 1)
+    if block < x_blocks:
+        _finish_rows(
+            x_sum_ptr, x_ptr, inverse_x_ptr, d_x_ptr, factor, block, x_rows, D, NORMALIZE, FOLDED, ROWS, WIDTH
+        )
+    else:
+        _finish_rows(
+            y_sum_ptr, y_ptr, inverse_y_ptr, d_y_ptr, factor, block - x_blocks, y_rows, D,
+            NORMALIZE, FOLDED, ROWS, WIDTH,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["slots", "factor"])
+def _sums_kernel(
+    part_ptr: t.Any,  # (programs, slots), as _gradient_kernel wrote them
+    unit_ptr: t.Any,  # (2), of _unit_kernel
+    out_ptr: t.Any,  # (programs)
+    slots: t.Any,
+    factor: t.Any,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """``factor`` times the sum of each row of partial sums, the unit taken out if UNIT."""
+    row = tl.program_id(0)
+    total = factor * _sum(part_ptr + row.to(tl.int64) * slots, slots, 1, BLOCK)
+    if UNIT:
+        total *= tl.load(unit_ptr + 1)
+    tl.store(out_ptr + row, total)
+
+
+# --- configurations -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one kernel is built: the tile of S, the part of D a step takes, warps and pipeline stages of a program."""
+
+    rows: int
+    columns: int
+    width: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Configs:
+    """One problem's configurations: of ``_forward_kernel`` and of ``_gradient_kernel``."""
+
+    forward: Config
+    gradient: Config
+
+
+Size = Literal["small", "large"]
+
+# By architecture (compute capability; 0 is every other device), bytes of an input number and size class: "large" where
+# large tiles give every multiprocessor work. Pinned: no tuning at run time. compile_check.py reports each one's registers
+# and shared memory; none spills. Tiles are as large as leaves room for two programs on a multiprocessor.
+CONFIGS: dict[tuple[int, int, Size], Configs] = {
+    (80, 2, "large"): Configs(Config(128, 128, 32, 8, 3), Config(128, 128, 32, 8, 3)),
+    (80, 2, "small"): Configs(Config(64, 64, 64, 4, 3), Config(64, 64, 64, 4, 3)),
+    (80, 4, "large"): Configs(Config(64, 64, 16, 8, 3), Config(64, 64, 16, 8, 3)),
+    (80, 4, "small"): Configs(Config(32, 32, 32, 4, 3), Config(32, 32, 32, 4, 3)),
+    (90, 2, "large"): Configs(Config(128, 128, 64, 4, 3), Config(128, 128, 64, 4, 3)),
+    (90, 2, "small"): Configs(Config(64, 64, 64, 4, 3), Config(64, 64, 64, 4, 3)),
+    (90, 4, "large"): Configs(Config(64, 64, 16, 8, 3), Config(64, 64, 16, 8, 3)),
+    (90, 4, "small"): Configs(Config(32, 32, 32, 4, 3), Config(32, 32, 32, 4, 3)),
+    (100, 2, "large"): Configs(Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 3)),
+    (100, 2, "small"): Configs(Config(64, 64, 64, 4, 3), Config(64, 64, 64, 4, 3)),
+    (100, 4, "large"): Configs(Config(64, 64, 16, 8, 3), Config(64, 64, 16, 8, 3)),
+    (100, 4, "small"): Configs(Config(32, 32, 32, 4, 3), Config(32, 32, 32, 4, 3)),
+    (0, 2, "large"): Configs(Config(64, 64, 32, 4, 2), Config(64, 64, 32, 4, 2)),
+    (0, 2, "small"): Configs(Config(32, 32, 32, 4, 2), Config(32, 32, 32, 4, 2)),
+    (0, 4, "large"): Configs(Config(64, 64, 16, 8, 2), Config(64, 64, 16, 8, 2)),
+    (0, 4, "small"): Configs(Config(32, 32, 32, 4, 2), Config(32, 32, 32, 4, 2)),
+}
+LARGE_FROM = 128  # tiles of the "large" configuration; about one for each multiprocessor
+
+GROUP = 8  # rows of tiles walked together
+PROGRAMS = 1024  # of the forward kernel, at least, where there are as many tiles: some waves of a large device
+ROW_BLOCK, ROW_WIDTH, ROW_WARPS = 8, 256, 4  # kernels that go along rows
+VECTOR_BLOCK, VECTOR_WARPS = 256, 4  # _join_kernel
+SUM_BLOCK, SUM_WARPS = 4096, 8  # kernels of a single program, or one a pair
+FP16_HEADROOM = 13  # G up to 2^14: most of float16's range, for entries far below the largest
+
+
+def available() -> bool:
+    """Whether this process can run the kernels: a CUDA or ROCm device, or the interpreter (which takes CPU tensors)."""
+    return INTERPRETED or torch.cuda.is_available()
+
+
+def _architecture(device: torch.device) -> int:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    known = {(8, 0): 80, (9, 0): 90, (10, 0): 100, (10, 3): 100}  # others share the name but not the shared memory
+    return known.get((major, minor), 0)
+
+
+def _configs(problem: _Problem) -> Configs:
+    arch, size = _architecture(problem.x.device), problem.x.element_size()
+    large = CONFIGS[arch, size, "large"]
+    tiles = _ceil(problem.N, large.forward.rows) * _ceil(problem.M, large.forward.columns) * problem.pairs
+    return large if tiles >= LARGE_FROM else CONFIGS[arch, size, "small"]
+
+
+# --- launchers ----------------------------------------------------------------------------------------------------------
+
+
+def _ceil(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    kernel[grid](*args, **options)
+
+
+def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launch on ``x``'s device, whichever is current."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+class _Problem:
+    """Both sides as the kernels read them.
+
+    ``x``, ``y`` are (A, N, D) and (B, M, D), contiguous. Rows still to be normalised come with their inverse norms, which
+    the kernels take in (``folded``). float16 cannot hold products with two inverse norms: there ``x``, ``y`` are copies of
+    unit length.
+    """
+
+    def __init__(self, image_AND: Tensor, text_BMD: Tensor, scale_AB: Tensor, normalize: bool) -> None:
+        self.raw_x, self.raw_y = image_AND.detach().contiguous(), text_BMD.detach().contiguous()
+        self.scale = scale_AB.detach().float().contiguous()
+        (self.A, self.N, self.D), (self.B, self.M, _) = self.raw_x.shape, self.raw_y.shape
+        self.pairs = self.A * self.B
+        self.normalize = normalize
+        self.x, self.y, self.inverse_x, self.inverse_y = self.raw_x, self.raw_y, self.scale, self.scale
+        if normalize:
+            self._take_norms()
+        self.folded = normalize and self.x is self.raw_x
+
+    def _take_norms(self) -> None:
+        self.inverse_x = self.scale.new_empty(self.A * self.N)
+        self.inverse_y = self.scale.new_empty(self.B * self.M)
+        copies = self.x.dtype == torch.float16
+        if copies:
+            self.x, self.y = torch.empty_like(self.raw_x), torch.empty_like(self.raw_y)
+        blocks = _ceil(self.A * self.N, ROW_BLOCK) + _ceil(self.B * self.M, ROW_BLOCK)
+        _launch(
+            _norms_kernel, (blocks,), self.raw_x, self.raw_y, self.inverse_x, self.inverse_y, self.x, self.y,
+            self.A * self.N, self.B * self.M, self.D, copies, ROW_BLOCK, ROW_WIDTH, num_warps=ROW_WARPS,
+        )  # fmt: skip
+
+    def smoothing(self, values: Sequence[float], diagonal: bool) -> Tensor | None:
+        """(A * B) on the device, filled there: nothing is copied from the host; None where there is none."""
+        if not diagonal or not any(values):
+            return None
+        if len(set(values)) == 1:
+            return self.scale.new_full((self.pairs,), values[0])
+        smoothing = self.scale.new_empty(self.pairs)
+        for index, value in enumerate(values):
+            smoothing[index].fill_(value)
+        return smoothing
+
+
+def _super_tile(problem: _Problem, config: Config, workspace: int) -> tuple[int, int]:
+    """Height and width of a super-tile, in tiles: about ``PROGRAMS`` of them, and partial statistics in ``workspace``."""
+    row_blocks, column_blocks = _ceil(problem.N, config.rows), _ceil(problem.M, config.columns)
+    side = max(1, math.isqrt(row_blocks * column_blocks * problem.pairs // PROGRAMS))
+    rows, columns = min(side, row_blocks), min(side, column_blocks)
+
+    def partial_bytes() -> int:
+        return 12 * problem.pairs * (problem.N * _ceil(column_blocks, columns) + problem.M * _ceil(row_blocks, rows))
+
+    while partial_bytes() > workspace and (rows < row_blocks or columns < column_blocks):
+        rows, columns = min(2 * rows, row_blocks), min(2 * columns, column_blocks)
+    return rows, columns
+
+
+def contrastive_forward(
+    image_AND: Tensor,
+    text_BMD: Tensor,
+    scale_AB: Tensor,
+    *,
+    smoothing: Sequence[float],
+    row_offset: int,
+    diagonal: bool,
+    normalize: bool,
+    workspace: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exps of rows and columns of every pair of views, and losses and accuracies; at most 5 launches.
+
+    Args:
+        image_AND, text_BMD: of one dtype, float32, bfloat16 or float16; any strides.
+        scale_AB: float32.
+        smoothing: label smoothing of each pair, row-major.
+        row_offset: row i's positive is column ``i + row_offset``.
+        diagonal: whether there are positives; without, no smoothing either, and terms are zero.
+        normalize: scale every row to unit length first, as ``torch.nn.functional.normalize`` does.
+        workspace: bytes that partial statistics may take (they never take less than 12 a row and column and pair).
+
+    Returns:
+        (A, B, N), (A, B, M) and (A, B, 4), float32; the last holds loss_image, loss_text (means over the rows, or columns,
+        with a positive) and the accuracies in percent; of equal logits the first is the pick.
+    """
+    with _on(image_AND):
+        problem = _Problem(image_AND, text_BMD, scale_AB, normalize)
+        per_pair = problem.smoothing(smoothing, diagonal)
+        row_part, column_part, positive, total = _launch_forward(problem, per_pair, row_offset, diagonal, workspace)
+        return _launch_join(problem, row_part, column_part, positive, total, per_pair, row_offset, diagonal)
+
+
+def _launch_forward(
+    problem: _Problem, per_pair: Tensor | None, row_offset: int, diagonal: bool, workspace: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Partial statistics of rows and columns, positives, and the sums of all logits that label smoothing needs."""
+    config, pairs = _configs(problem).forward, problem.pairs
+    rows, columns = _super_tile(problem, config, workspace)
+    high, wide = _ceil(_ceil(problem.N, config.rows), rows), _ceil(_ceil(problem.M, config.columns), columns)
+    statistics = 3 if diagonal else 2
+    row_part = problem.scale.new_empty(statistics, pairs, wide, problem.N)
+    column_part = problem.scale.new_empty(statistics, pairs, high, problem.M)
+    positive = problem.scale.new_empty(pairs, problem.N if diagonal else 0)
+    total = problem.scale.new_empty(2, pairs, high * wide if per_pair is not None else 0)
+    _launch(
+        _forward_kernel, (high * wide, pairs), problem.x, problem.y, problem.inverse_x, problem.inverse_y,
+        problem.scale, row_part, column_part, positive, total, problem.N, problem.M, problem.D, problem.B,
+        row_offset, rows, columns, problem.folded, diagonal, per_pair is not None,
+        config.rows, config.columns, config.width, GROUP, num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return row_part, column_part, positive, total
+
+
+def _launch_join(
+    problem: _Problem,
+    row_part: Tensor,
+    column_part: Tensor,
+    positive: Tensor,
+    total: Tensor,
+    per_pair: Tensor | None,
+    row_offset: int,
+    diagonal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    A, B, N, M, pairs = problem.A, problem.B, problem.N, problem.M, problem.pairs
+    lse_image, lse_text = problem.scale.new_empty(A, B, N), problem.scale.new_empty(A, B, M)
+    row_blocks, column_blocks = _ceil(N, VECTOR_BLOCK), _ceil(M, VECTOR_BLOCK)
+    term = problem.scale.new_empty(pairs, row_blocks + column_blocks, 2)
+    smooth = per_pair is not None
+    per_pair = problem.scale if per_pair is None else per_pair
+    _launch(
+        _join_kernel, (row_blocks + column_blocks, pairs), row_part, column_part, positive, lse_image, lse_text,
+        term, per_pair, N, M, row_offset, row_part.shape[2], column_part.shape[2], diagonal, smooth, VECTOR_BLOCK,
+        num_warps=VECTOR_WARPS,
+    )  # fmt: skip
+    if not diagonal:
+        return lse_image, lse_text, problem.scale.new_zeros(A, B, 4)
+    terms = problem.scale.new_empty(A, B, 4)
+    positives = min(N - max(0, -row_offset), M - max(0, row_offset))
+    _launch(
+        _terms_kernel, (pairs,), term, total, per_pair, terms, N, M, positives, row_blocks, column_blocks,
+        total.shape[2], smooth, VECTOR_BLOCK, num_warps=VECTOR_WARPS,
+    )  # fmt: skip
+    return lse_image, lse_text, terms
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A part of G: rows of some image views against columns of some text views; several views are whole views."""
+
+    first_view: int
+    views: int
+    first_row: int
+    rows: int
+    first_text_view: int
+    text_views: int
+    first_column: int
+    columns: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.views * self.rows, self.text_views * self.columns
+
+
+def _chunks(problem: _Problem, workspace: int) -> Iterator[_Chunk]:
+    """All of G at once where it fits the workspace, else pair by pair, in nearly square pieces.
+
+    Square, because every piece reads and writes its part of both gradients; powers of two, because the library's products
+    have whole tiles then.
+    """
+    A, B, N, M = problem.A, problem.B, problem.N, problem.M
+    entries = max(1, workspace // problem.x.element_size())
+    if A * N * _padded(B * M) <= entries:
+        yield _Chunk(0, A, 0, N, 0, B, 0, M)
+        return
+    columns = min(M, 1 << (math.isqrt(entries).bit_length() - 1))
+    rows = min(N, max(1, entries // _padded(columns)))
+    columns = min(M, max(columns, _unpadded(entries // rows)))
+    for a in range(A):
+        for row in range(0, N, rows):
+            for b in range(B):
+                for column in range(0, M, columns):
+                    yield _Chunk(a, 1, row, min(rows, N - row), b, 1, column, min(columns, M - column))
+
+
+def _padded(columns: int) -> int:
+    """A chunk's row length in memory: whole 32-byte pieces, for wide stores and the products' alignment."""
+    return _ceil(columns, 16) * 16
+
+
+def _unpadded(length: int) -> int:
+    return length // 16 * 16
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """``out (+)= a @ b`` in float32; 16-bit factors are not widened first where the library can do so itself.
+
+    float32 factors follow ``torch.backends.cuda.matmul``, which multiplies them as they are unless told otherwise.
+    """
+    if a.dtype == torch.float32 or not a.is_cuda:
+        out.addmm_(a.float(), b.float(), beta=float(accumulate))
+    elif accumulate:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+@dataclass
+class _Weights:
+    """What makes a problem's G: the log-sum-exps and weights of a softmax, or the bias of a sigmoid."""
+
+    row_offset: int
+    diagonal: bool
+    smoothing: Tensor | None = None
+    lse: tuple[Tensor, Tensor] | None = None
+    weight: tuple[Tensor, Tensor] | None = None
+    bias: Tensor | None = None
+
+
+class _Gradient:
+    """Sums over G, made chunk by chunk: 3 launches a chunk where both sides are wanted."""
+
+    def __init__(self, problem: _Problem, weights: _Weights, need_image: bool, need_text: bool, workspace: int) -> None:
+        self.problem, self.weights = problem, weights
+        self.config = _configs(problem).gradient
+        self.sigmoid = weights.bias is not None
+        self.d_x = problem.x.new_empty(problem.x.shape if need_image else 0, dtype=torch.float32)
+        self.d_y = problem.x.new_empty(problem.y.shape if need_text else 0, dtype=torch.float32)
+        self.store = need_image or need_text
+        self.chunks = list(_chunks(problem, workspace)) if self.store else [_whole(problem)]
+        self.slots = sum(self._tiles(chunk) for chunk in self.chunks if chunk.first_view == chunk.first_text_view == 0)
+        self.unit = problem.scale.new_empty(2)
+        self.parts = problem.scale.new_empty(3 if self.sigmoid else 1, problem.pairs, self.slots)
+
+    def _tiles(self, chunk: _Chunk) -> int:
+        """Of one pair."""
+        return _ceil(chunk.rows, self.config.rows) * _ceil(chunk.columns, self.config.columns)
+
+    def run(self) -> None:
+        """Fill ``unit``, ``parts`` and, before ``finish``, the sums of products."""
+        self._launch_unit()
+        buffer = self.problem.x.new_empty(
+            max(chunk.shape[0] * _padded(chunk.shape[1]) for chunk in self.chunks) if self.store else 0
+        )
+        slot = dict.fromkeys(((c.first_view, c.first_text_view) for c in self.chunks), 0)
+        for chunk in self.chunks:
+            height, width = chunk.shape
+            stride = _padded(width)
+            pair = chunk.first_view, chunk.first_text_view
+            self._launch_chunk(chunk, buffer, stride, slot[pair])
+            slot[pair] += self._tiles(chunk)
+            if self.store:
+                self._multiply(chunk, buffer[: height * stride].view(height, stride)[:, :width])
+
+    def _multiply(self, chunk: _Chunk, chunk_RC: Tensor) -> None:
+        problem, (height, width) = self.problem, chunk.shape
+        row = chunk.first_view * problem.N + chunk.first_row
+        column = chunk.first_text_view * problem.M + chunk.first_column
+        rows, columns = slice(row, row + height), slice(column, column + width)
+        if self.d_x.numel():
+            _product(chunk_RC, problem.y.flatten(0, 1)[columns], self.d_x.flatten(0, 1)[rows], column > 0)
+        if self.d_y.numel():
+            _product(chunk_RC.T, problem.x.flatten(0, 1)[rows], self.d_y.flatten(0, 1)[columns], row > 0)
+
+    def _strides(self) -> tuple[int, ...]:
+        if self.weights.weight is None:
+            return (0,) * 6
+        image, text = self.weights.weight
+        return *image.stride(), *text.stride()
+
+    def _launch_unit(self) -> None:
+        problem = self.problem
+        image, text = self.weights.weight or (problem.scale, problem.scale)
+        strides = self._strides()
+        N, M = problem.N if strides[2] else 1, problem.M if strides[5] else 1  # an expanded weight is looked at once
+        headroom = FP16_HEADROOM if problem.x.dtype == torch.float16 else 0
+        _launch(
+            _unit_kernel, (1,), problem.scale, image, text, self.unit, problem.B, problem.pairs, N, M, *strides,
+            headroom, not self.sigmoid, SUM_BLOCK, num_warps=SUM_WARPS,
+        )  # fmt: skip
+
+    def _launch_chunk(self, chunk: _Chunk, buffer: Tensor, stride: int, slot: int) -> None:
+        problem, weights, config = self.problem, self.weights, self.config
+        nothing = problem.scale
+        lse_image, lse_text = weights.lse or (nothing, nothing)
+        image, text = weights.weight or (nothing, nothing)
+        tiles = chunk.views * chunk.text_views * self._tiles(chunk)
+        _launch(
+            _gradient_kernel, (tiles,), problem.x, problem.y, problem.inverse_x, problem.inverse_y, problem.scale,
+            nothing if weights.bias is None else weights.bias, lse_image, lse_text, image, text,
+            nothing if weights.smoothing is None else weights.smoothing, self.unit, buffer, self.parts,
+            problem.N, problem.M, problem.D, problem.B, weights.row_offset, *self._strides(),
+            chunk.first_view, chunk.views, chunk.first_row, chunk.rows, chunk.first_text_view, chunk.text_views,
+            chunk.first_column, chunk.columns, stride, problem.pairs, self.slots, slot,
+            problem.folded, weights.diagonal, weights.smoothing is not None, self.sigmoid, self.store,
+            config.rows, config.columns, config.width, GROUP, num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+
+    def finish(self, dtype: torch.dtype, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Gradients of both sides, ``factor`` times the sums; where not wanted, empty."""
+        problem = self.problem
+        out = [d if d.dtype == dtype else torch.empty_like(d, dtype=dtype) for d in (self.d_x, self.d_y)]
+        x_rows, y_rows = (math.prod(d.shape[:-1]) if d.numel() else 0 for d in out)
+        if x_rows + y_rows:
+            _launch(
+                _finish_kernel, (_ceil(x_rows, ROW_BLOCK) + _ceil(y_rows, ROW_BLOCK),), self.d_x, self.d_y,
+                problem.raw_x, problem.raw_y, problem.inverse_x, problem.inverse_y, *out, self.unit, factor,
+                x_rows, y_rows, problem.D, problem.normalize, problem.folded, ROW_BLOCK, ROW_WIDTH,
+                num_warps=ROW_WARPS,
+            )  # fmt: skip
+        return out[0], out[1]
+
+    def sums(self, factor: float = 1.0) -> Tensor:
+        """``factor`` times the sums over all tiles, (statistics, A * B)."""
+        sums = self.parts.new_empty(self.parts.shape[:2])
+        _launch(
+            _sums_kernel, (sums.numel(),), self.parts, self.unit, sums, self.slots, factor, not self.sigmoid, SUM_BLOCK,
+            num_warps=SUM_WARPS,
+        )  # fmt: skip
+        return sums
+
+
+def _whole(problem: _Problem) -> _Chunk:
+    return _Chunk(0, problem.A, 0, problem.N, 0, problem.B, 0, problem.M)
+
+
+def contrastive_backward(
+    image_AND: Tensor,
+    text_BMD: Tensor,
+    scale_AB: Tensor,
+    lse_image_ABN: Tensor,
+    lse_text_ABM: Tensor,
+    weight_image_ABN: Tensor,
+    weight_text_ABM: Tensor,
+    *,
+    smoothing: Sequence[float],
+    row_offset: int,
+    diagonal: bool,
+    normalize: bool,
+    need_image: bool,
+    need_text: bool,
+    workspace: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of both sides and of the scales; at most 8 launches, and 3 for every chunk of G after the first.
+
+    Args: as ``contrastive_forward``'s, and
+        lse_image_ABN, lse_text_ABM: its results.
+        weight_image_ABN, weight_text_ABM: float32, any strides: the gradient to each row's and column's log-sum-exp (with
+            ``diagonal``: to its cross-entropy).
+        workspace: bytes that a chunk of G may take.
+
+    Returns:
+        (A, N, D) and (B, M, D) in the inputs' dtype, of shape (0,) where not needed, and (A, B) in float32.
+    """
+    with _on(image_AND):
+        problem = _Problem(image_AND, text_BMD, scale_AB, normalize)
+        weights = _Weights(
+            row_offset,
+            diagonal,
+            smoothing=problem.smoothing(smoothing, diagonal),
+            lse=(lse_image_ABN.contiguous(), lse_text_ABM.contiguous()),
+            weight=(weight_image_ABN, weight_text_ABM),
+        )
+        gradient = _Gradient(problem, weights, need_image, need_text, workspace)
+        gradient.run()
+        d_image, d_text = gradient.finish(image_AND.dtype)
+        return d_image, d_text, gradient.sums().view(problem.A, problem.B)
+
+
+def sigmoid_forward_backward(
+    image_ND: Tensor,
+    text_MD: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    row_offset: int,
+    normalize: bool,
+    need_grad: bool,
+    workspace: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """SigLIP's loss, ``sum softplus(-z_ij (scale x_i . y_j + bias)) / N``, z = 1 at positives, else -1, with gradients.
+
+    One product for the value, three with gradients: they are formed in the same pass. At most 6 launches (3 without
+    gradients), and 3 for every chunk of G after the first. Arguments as ``contrastive_backward``'s; ``scale`` and ``bias``
+    hold one float32 number each.
+
+    Returns:
+        Loss (), gradients (N, D) and (M, D) in float32 (of shape (0,) without ``need_grad``), of scale () and bias ().
+    """
+    with _on(image_ND):
+        problem = _Problem(image_ND[None], text_MD[None], scale.reshape(1, 1), normalize)
+        weights = _Weights(row_offset, diagonal=True, bias=bias.detach().float().reshape(1))
+        gradient = _Gradient(problem, weights, need_grad, need_grad, workspace)
+        gradient.run()
+        d_image, d_text = gradient.finish(torch.float32, 1 / problem.N)
+        loss, d_bias, d_scale = gradient.sums(1 / problem.N).view(3).unbind()
+        if need_grad:
+            d_image, d_text = d_image[0], d_text[0]
+        return loss, d_image, d_text, d_scale, d_bias
