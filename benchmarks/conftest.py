@@ -36,8 +36,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
     for figures, targets in config.stash.get(SUMMARY, []):
         terminalreporter.section(str(figures.problem))
-        head = ("contestant", "median ms", "/ ours", "/ floor", "extra MiB")
-        for name, *numbers in (head, *peers.table(figures)):
+        for name, *numbers in (peers.TABLE_HEAD, *peers.table(figures)):
             terminalreporter.write_line(f"{name:26}" + "".join(f"{number:>11}" for number in numbers))
         for target in targets:
             terminalreporter.write_line(target.verdict(figures))

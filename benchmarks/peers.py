@@ -389,30 +389,33 @@ def _status(key: str) -> int:
 # --- targets: written beside a figure, never asserted -----------------------------------------------------------------
 
 
+FASTER, SLOWER, MILLISECONDS, MEMORY = "times faster than", "times the time of", "ms", "MiB extra"
+
+
 @dataclass(frozen=True)
 class Target:
-    """A figure that is wanted: ``kind`` of ours, against ``peer`` where it is a ratio."""
+    """A figure that is wanted: one of the four kinds above, against ``peer`` where it is a ratio."""
 
-    kind: Literal["times faster than", "times the time of", "ms", "MiB extra"]
+    kind: str
     limit: float
     peer: str = ""
 
     def figure(self, figures: Figures) -> float | None:
         """None where it was not measured."""
         peer = figures.floor if self.peer == "floor" else self.peer
-        if self.kind == "MiB extra":
+        if self.kind == MEMORY:
             return figures.extra_mib.get(OURS)
         if not figures.seconds.get(OURS) or (self.peer and not figures.seconds.get(peer or "")):
             return None
-        if self.kind == "ms":
+        if self.kind == MILLISECONDS:
             return figures.median(OURS)
         assert peer is not None
-        return figures.ratio(peer, OURS) if self.kind == "times faster than" else figures.ratio(OURS, peer)
+        return figures.ratio(peer, OURS) if self.kind == FASTER else figures.ratio(OURS, peer)
 
     def verdict(self, figures: Figures) -> str:
         """One line: the figure, the target, whether it is met."""
         figure = self.figure(figures)
-        at_least = self.kind == "times faster than"
+        at_least = self.kind == FASTER
         wanted = f"target {'>=' if at_least else '<='} {self.limit:g}"
         what = f"{self.kind} {figures.floor or 'the floor' if self.peer == 'floor' else self.peer}".rstrip()
         if figure is None:
@@ -421,8 +424,21 @@ class Target:
         return f"{figure:.2f} {what} ({wanted}: {'met' if met else 'MISSED'})"
 
 
+def measure_memory(case: Case, figures: Figures) -> None:
+    """The extra memory of those the case names, as far as they run here and the system tells it."""
+    for name in case.memory:
+        if name in figures.skipped:
+            continue
+        measured = extra_mib(name, figures.problem)
+        if measured is not None:
+            figures.extra_mib[name] = measured
+
+
+TABLE_HEAD = ("contestant", "median ms", "of ours", "of floor", "extra MiB")
+
+
 def table(figures: Figures) -> list[tuple[str, str, str, str, str]]:
-    """Rows: contestant, median ms, ours against it, its time against the floor, extra MiB."""
+    """A row per contestant as the head says: time, that as a multiple of ours and of the floor, memory or why not."""
     rows = []
     for name in [*figures.seconds, *figures.skipped]:
         if name in figures.skipped:
@@ -443,3 +459,49 @@ def table(figures: Figures) -> list[tuple[str, str, str, str, str]]:
             )
         )
     return rows
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem, who takes part beside ours, how often, and what is wanted of it."""
+
+    problem: Problem
+    peers: Sequence[str]
+    rounds: int
+    targets: Sequence[Target] = ()
+    memory: Sequence[str] = (OURS,)
+    """Whose memory is measured; on the CPU each takes a process of its own."""
+
+
+TO_FLOOR = Target(SLOWER, 1.20, "floor")
+_BF16 = {"dtype": torch.bfloat16, "device": "cuda"}
+_CUDA_PEERS = ("open_clip", "dense, torch.compile", "linear_cross_entropy", "inf-cl", *FLOORS)
+
+CUDA_CASES = {
+    "cuda-clip-32768": Case(
+        Problem("clip", 32768, 512, **_BF16),
+        _CUDA_PEERS,
+        rounds=15,
+        targets=(Target(MILLISECONDS, 9), TO_FLOOR, Target(MEMORY, 286)),  # 300 MB
+        memory=(OURS, "open_clip", "linear_cross_entropy", "inf-cl"),
+    ),
+    "cuda-clip-4096": Case(
+        Problem("clip", 4096, 512, **_BF16),
+        _CUDA_PEERS,
+        rounds=50,
+        targets=(Target(SLOWER, 1.0, "dense, torch.compile"),),
+        memory=(OURS, "open_clip", "dense, torch.compile"),
+    ),
+    "cuda-clip-8192-fp32": Case(
+        Problem("clip", 8192, 512, device="cuda"), ("open_clip", *FLOORS), rounds=15, memory=(OURS, "open_clip")
+    ),
+    "cuda-multiview-4096": Case(
+        Problem("multiview", 4096, 256, views=2, **_BF16),
+        ("dense, as the original", *FLOORS),
+        rounds=15,
+        memory=(OURS, "dense, as the original"),
+    ),
+    "cuda-siglip-32768": Case(
+        Problem("siglip", 32768, 512, **_BF16), ("open_clip", *FLOORS), rounds=10, memory=(OURS, "open_clip")
+    ),
+}

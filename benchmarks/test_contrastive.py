@@ -7,47 +7,28 @@ Without timing (``--benchmark-disable``) the sizes are tiny.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import peers
 import pytest
 import torch
-from peers import FLOORS, OURS, Figures, Problem, Target
-
-
-@dataclass(frozen=True)
-class Case:
-    """A problem, who takes part, how often, and what is wanted of it."""
-
-    problem: Problem
-    peers: Sequence[str]
-    rounds: int
-    targets: Sequence[Target] = ()
-    memory: Sequence[str] = (OURS,)
-    """Whose memory is measured; each takes a process of its own."""
-
+from peers import CUDA_CASES, FASTER, FLOORS, MEMORY, OURS, SLOWER, TO_FLOOR, Case, Figures, Problem, Target
 
 CLIP_PEERS = ("open_clip", "open_clip, torch.compile", "dense", "linear_cross_entropy", *FLOORS)
-FASTER = "times faster than"
-TO_FLOOR = Target("times the time of", 1.20, "floor")
-BF16 = {"dtype": torch.bfloat16, "device": "cuda"}
 
 CPU = {
     "clip-8192": Case(
         Problem("clip", 8192, 512),
         CLIP_PEERS,
         rounds=7,
-        targets=(Target(FASTER, 2.2, "open_clip"), TO_FLOOR, Target("MiB extra", 128)),
+        targets=(Target(FASTER, 2.2, "open_clip"), TO_FLOOR, Target(MEMORY, 128)),
         memory=(OURS, "open_clip", "linear_cross_entropy"),
     ),
     "clip-32768": Case(
-        Problem("clip", 32768, 512), ("floor, tiled",), rounds=2, targets=(TO_FLOOR, Target("MiB extra", 256))
+        Problem("clip", 32768, 512), ("floor, tiled",), rounds=2, targets=(TO_FLOOR, Target(MEMORY, 256))
     ),
-    "clip-256": Case(
-        Problem("clip", 256, 256), CLIP_PEERS, rounds=200, targets=(Target("times the time of", 1.0, "dense"),)
-    ),
+    "clip-256": Case(Problem("clip", 256, 256), CLIP_PEERS, rounds=200, targets=(Target(SLOWER, 1.0, "dense"),)),
     "multiview-2048": Case(
         Problem("multiview", 2048, 256, views=2),
         ("dense, as the original", "dense reference", *FLOORS),
@@ -60,23 +41,6 @@ CPU = {
         ("open_clip", "open_clip, torch.compile", *FLOORS),
         rounds=7,
         memory=(OURS, "open_clip"),
-    ),
-}
-CUDA_PEERS = ("open_clip", "dense, torch.compile", "linear_cross_entropy", "inf-cl", *FLOORS)
-CUDA = {
-    "cuda-clip-32768": Case(
-        Problem("clip", 32768, 512, **BF16),
-        CUDA_PEERS,
-        rounds=20,
-        targets=(Target("ms", 9), TO_FLOOR, Target("MiB extra", 286)),  # 300 MB
-        memory=(OURS, "open_clip", "inf-cl"),
-    ),
-    "cuda-clip-4096": Case(
-        Problem("clip", 4096, 512, **BF16),
-        CUDA_PEERS,
-        rounds=50,
-        targets=(Target("times the time of", 1.0, "dense, torch.compile"),),
-        memory=(OURS, "dense, torch.compile"),
     ),
 }
 
@@ -96,9 +60,7 @@ def run(benchmark: Any, case: Case, figures: Figures) -> None:
         peers.interleaved(steps, figures, rounds=1)
 
     benchmark.pedantic(lambda: figures.seconds[OURS].append(peers.timed(ours)), setup=others, rounds=case.rounds)
-    for name in case.memory:
-        if name not in figures.skipped and (measured := peers.extra_mib(name, figures.problem)) is not None:
-            figures.extra_mib[name] = measured
+    peers.measure_memory(case, figures)
 
 
 def record(benchmark: Any, case: Case, figures: Figures) -> None:
@@ -108,14 +70,13 @@ def record(benchmark: Any, case: Case, figures: Figures) -> None:
         extra_mib={name: round(value, 1) for name, value in figures.extra_mib.items()},
         skipped=figures.skipped,
         targets=[target.verdict(figures) for target in case.targets],
-        table=peers.table(figures),
     )
 
 
-@pytest.mark.parametrize("name", [*CPU, *CUDA])
+@pytest.mark.parametrize("name", [*CPU, *CUDA_CASES])
 def test_contrastive(name: str, benchmark: Any, summary: list) -> None:
-    case = (CPU | CUDA)[name]
-    if name in CUDA and not torch.cuda.is_available():
+    case = (CPU | CUDA_CASES)[name]
+    if name in CUDA_CASES and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     case = tiny(case) if benchmark.disabled else case
     figures = Figures(case.problem)

@@ -47,6 +47,13 @@ def require_same_width(first_name: str, first: Tensor, second_name: str, second:
     require(second.device == first.device, second_name, second.device, f"the device of {first_name}, {first.device}")
 
 
+def require_same_rows(first_name: str, first: Tensor, second_name: str, second: Tensor) -> None:
+    """Two matrices (N, D), row by row belonging together."""
+    require_same_width(first_name, first, second_name, second)
+    expected = f"a shape {tuple(first.shape)}, a row for each of {first_name}"
+    require(len(second) == len(first), second_name, tuple(second.shape), expected)
+
+
 def require_scalar(name: str, value: Tensor | float, device: torch.device | None = None) -> None:
     """One number: finite wherever that can be seen without waiting for a device, on ``device`` if it is a tensor."""
     if not isinstance(value, Tensor):

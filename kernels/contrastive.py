@@ -22,6 +22,7 @@ from torch import Tensor
 from rocket_fast.errors import require
 from rocket_fast.kernels.checks import (
     require_finite,
+    require_same_rows,
     require_same_width,
     require_scalar,
     require_smoothing,
@@ -143,9 +144,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*tops, *((lse_image_ABN, lse_text_ABM) if ctx.diagonal else (terms_AB4,)))
 
 
-def _weights(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
+def _weights(ctx: Any, saved: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
     """The loss's gradient to every row's and every column's own loss or log-sum-exp; zeros where it asks for none."""
-    image_AND, text_BMD, scale_AB, lse_image_ABN, lse_text_ABM = ctx.saved_tensors
+    image_AND, text_BMD, scale_AB, lse_image_ABN, lse_text_ABM = saved
     d_lse_image_ABN, d_lse_text_ABM, _, _, d_terms_AB4 = gradients
     if not ctx.diagonal:
         zero = scale_AB.new_zeros(1, 1, 1)
@@ -170,7 +171,8 @@ def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, 
         return (None,) * 8
     need_image, need_text, need_scale = ctx.needs_input_grad[:3]
     options = (ctx.smoothing, ctx.row_offset, ctx.diagonal, ctx.normalize, need_image, need_text, ctx.workspace)
-    d_image, d_text, d_scale_AB = _backward(*ctx.saved_tensors, *_weights(ctx, gradients), *options)
+    saved = ctx.saved_tensors  # once: checkpointing recomputes what it unpacks
+    d_image, d_text, d_scale_AB = _backward(*saved, *_weights(ctx, saved, gradients), *options)
     return (
         d_image if need_image else None,
         d_text if need_text else None,
@@ -198,13 +200,16 @@ _backward.register_autograd(refuse_second_derivative, setup_context=_keep_nothin
 # --- preparation shared by the public functions -----------------------------------------------------------------------
 
 
-def as_factors(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Both sides in one dtype: the autocast dtype where autocast is on, as for any product, else their common one."""
-    dtype = torch.promote_types(first.dtype, second.dtype)
+def as_factors(first_name: str, first: Tensor, second_name: str, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sides in one dtype: autocast's where it is on, as for any matrix product; else theirs, which must agree."""
     device_type = first.device.type
-    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-    return first.to(dtype), second.to(dtype)
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.promote_types(first.dtype, second.dtype)
+        dtype = torch.get_autocast_dtype(device_type) if dtype != torch.float64 else dtype
+        return first.to(dtype), second.to(dtype)
+    expected = f"the dtype of {first_name}, {first.dtype} (outside autocast)"
+    require(second.dtype == first.dtype, second_name, second.dtype, expected)
+    return first, second
 
 
 def as_number(value: Tensor | float, like: Tensor) -> Tensor:
@@ -238,7 +243,7 @@ def log_sum_exp(
 
     Args:
         image_ND: (N, D) floating point.
-        text_MD: (M, D) floating point, on the same device; N and M may differ, and so may the dtypes.
+        text_MD: (M, D), on the same device and, outside autocast, of the same dtype.
         logit_scale: a number or a one-value tensor.
         normalize: scale every row of both to unit length first.
         workspace_mib: MiB of scratch memory.
@@ -251,7 +256,7 @@ def log_sum_exp(
     """
     require_same_width("image_ND", image_ND, "text_MD", text_MD)
     require_scalar("logit_scale", logit_scale, image_ND.device)
-    image, text = as_factors(image_ND, text_MD)
+    image, text = as_factors("image_ND", image_ND, "text_MD", text_MD)
     return _statistics(image, text, as_number(logit_scale, image), normalize, workspace_bytes(workspace_mib))[0]
 
 
@@ -275,7 +280,7 @@ def clip_terms(
     require_same_width("image_ND", image_ND, "text_MD", text_MD)
     require_scalar("logit_scale", logit_scale, image_ND.device)
     require_smoothing(label_smoothing)
-    image, text = as_factors(image_ND, text_MD)
+    image, text = as_factors("image_ND", image_ND, "text_MD", text_MD)
     scale = as_number(logit_scale, image)
     workspace = workspace_bytes(workspace_mib)
     if targets is None:
@@ -315,7 +320,7 @@ def clip_loss(
     Args:
         image_ND: (N, D) floating point, image embeddings.
         text_MD: (M, D), text embeddings, on the same device. Under autocast both are taken in its dtype, as by any
-            matrix product; otherwise in their common dtype.
+            matrix product; otherwise their dtypes must agree.
         logit_scale: inverse temperature, after exp (CLIP starts at 1 / 0.07); a number or a one-value tensor.
         logit_bias: added to every logit, which a softmax does not see: the value is the same and its gradient is zero.
             Taken for trainers that pass one.
@@ -369,6 +374,7 @@ def multiview_clip_terms(
     workspace_mib: float = 64,
 ) -> MultiviewClipTerms:
     """The parts of CL2L, with accuracies. Arguments and errors as in ``multiview_clip_loss``."""
+    require_same_rows("image_z", image_z, "text_z", text_z)
     weak = clip_terms(
         image_z,
         text_z,
@@ -378,15 +384,19 @@ def multiview_clip_terms(
         workspace_mib=workspace_mib,
     )
     require_views("image_h", image_h, "text_h", text_h)
-    if not len(image_h):
+    views = len(image_h)
+    smoothing = _pair_smoothing(label_smoothing, views)
+    if not views:
         return MultiviewClipTerms(weak=weak, strong=None, loss_image=weak.loss_image, loss_text=weak.loss_text)
     samples, shape = len(image_z), tuple(image_h[0].shape)
     require(shape[0] == samples, "image_h[0]", shape, f"a shape ({samples}, D), as many samples as image_z has")
-    image_KND, text_KND = as_factors(torch.stack(tuple(image_h)), torch.stack(tuple(text_h)))
-    views = len(image_h)
+    with torch.autocast(image_h[0].device.type, enabled=False):  # which knows no float16 on the CPU
+        stacked = (torch.stack(tuple(image_h)), torch.stack(tuple(text_h)))
+    image_KND, text_KND = as_factors("image_h", stacked[0], "text_h", stacked[1])
     scale_KK = _pair_scales(h_logit_scale, views, image_KND)
-    options = (_pair_smoothing(label_smoothing, views), 0, True, normalize, workspace_bytes(workspace_mib))
-    strong = _clip_terms(*_forward(image_KND, text_KND, scale_KK, *options)[-1].mean((0, 1)).unbind())
+    options = (smoothing, 0, True, normalize, workspace_bytes(workspace_mib))
+    means_4 = _forward(image_KND, text_KND, scale_KK, *options)[-1].mean((0, 1))
+    strong = _clip_terms(*means_4.unbind())
     return MultiviewClipTerms(
         weak=weak,
         strong=strong,

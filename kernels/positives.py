@@ -138,7 +138,7 @@ def _from_sparse(targets: Tensor, rows: int, columns: int, dtype: torch.dtype) -
         fine = bool((weight_E.isfinite() & (weight_E >= 0)).all())
         require(fine, "targets", weight_E.tolist(), "finite weights >= 0")
         require(bool((weight_E > 0).any()), "targets", "no weight > 0", "at least one positive")
-    return row_E, column_E, weight_E
+    return row_E.contiguous(), column_E.contiguous(), weight_E
 
 
 def _visible(values: Tensor) -> bool:

@@ -18,7 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rocket_fast.errors import require
-from rocket_fast.kernels.checks import require_pair, require_scalar, require_smoothing, require_views
+from rocket_fast.kernels.checks import (
+    require_pair,
+    require_same_width,
+    require_scalar,
+    require_smoothing,
+    require_views,
+)
 
 Reduction = Literal["avg", "sum"]
 
@@ -68,57 +74,95 @@ class ClipTerms:
 
 def clip_terms(
     image_ND: Tensor,
-    text_ND: Tensor,
+    text_MD: Tensor,
     logit_scale: Tensor | float,
     *,
+    logit_bias: Tensor | float = 0.0,
     label_smoothing: float = 0.0,
-    normalize: bool = True,
+    row_offset: int = 0,
+    targets: Tensor | None = None,
+    normalize: bool = False,
 ) -> ClipTerms:
-    """Both directions of symmetric InfoNCE, with accuracies. Arguments and errors as in ``clip_loss``."""
-    require_pair("image_ND", image_ND, "text_ND", text_ND)
+    """Both directions of symmetric InfoNCE, with accuracies: twin of ``rocket_fast.kernels.clip_terms``."""
+    require_same_width("image_ND", image_ND, "text_MD", text_MD)
     require_scalar("logit_scale", logit_scale)
     require_smoothing(label_smoothing)
     prepare = _unit if normalize else _precise
-    logits_NN = _scaled(logit_scale, _matmul(prepare(image_ND), prepare(text_ND).T))
-    labels_N = torch.arange(len(image_ND), device=image_ND.device)
+    logits_NM = _scaled(logit_scale, _matmul(prepare(image_ND), prepare(text_MD).T)) + logit_bias
+    target_NM = _target_matrix(targets, row_offset, logits_NM)
 
-    def direction(logits_NN: Tensor) -> tuple[Tensor, Tensor]:
-        loss = F.cross_entropy(logits_NN, labels_N, label_smoothing=label_smoothing)
-        accuracy = 100.0 * (logits_NN.detach().argmax(dim=1) == labels_N).to(loss.dtype).mean()
-        return loss, accuracy
+    def direction(logits_NM: Tensor, target_NM: Tensor) -> tuple[Tensor, Tensor]:
+        counted_N = target_NM.sum(1) > 0
+        logits_PM, target_PM = logits_NM[counted_N], target_NM[counted_N]
+        spread_PM = (1 - label_smoothing) * target_PM / target_PM.sum(1, keepdim=True) + label_smoothing / len(
+            target_NM.T
+        )
+        loss = -(spread_PM * logits_PM.log_softmax(1)).sum(1).mean()
+        if targets is None:
+            right_P = logits_PM.argmax(1) == target_PM.argmax(1)
+        else:
+            right_P = logits_PM.masked_fill(target_PM <= 0, -torch.inf).amax(1) >= logits_PM.amax(1)
+        return loss, 100.0 * right_P.to(loss.dtype).mean()
 
-    (loss_image, accuracy_image), (loss_text, accuracy_text) = direction(logits_NN), direction(logits_NN.T)
+    loss_image, accuracy_image = direction(logits_NM, target_NM)
+    loss_text, accuracy_text = direction(logits_NM.T, target_NM.T)
     return ClipTerms(
         loss_image=loss_image, loss_text=loss_text, accuracy_image=accuracy_image, accuracy_text=accuracy_text
     )
 
 
+def _target_matrix(targets: Tensor | None, row_offset: int, like_NM: Tensor) -> Tensor:
+    """Weights (N, M) of all positives, in any form of ``rocket_fast.kernels.clip_loss``'s targets."""
+    rows, columns = like_NM.shape
+    if targets is None:
+        column_M = torch.arange(columns, device=like_NM.device)
+        row_N = torch.arange(rows, device=like_NM.device)
+        return (row_N[:, None] + row_offset == column_M).to(like_NM.dtype)
+    if targets.layout != torch.strided:
+        return targets.to_dense().to(like_NM.dtype)
+    column_NK = targets.reshape(rows, -1).long()
+    target_NM = torch.zeros(rows, columns, dtype=like_NM.dtype, device=like_NM.device)
+    return target_NM.scatter_add(1, column_NK.clamp_min(0), (column_NK >= 0).to(like_NM.dtype))
+
+
 def clip_loss(
     image_ND: Tensor,
-    text_ND: Tensor,
+    text_MD: Tensor,
     logit_scale: Tensor | float,
     *,
+    logit_bias: Tensor | float = 0.0,
     label_smoothing: float = 0.0,
-    normalize: bool = True,
+    row_offset: int = 0,
+    targets: Tensor | None = None,
+    normalize: bool = False,
 ) -> Tensor:
-    """Symmetric InfoNCE: row i of the images belongs to row i of the texts, all other rows are negatives.
+    """Symmetric InfoNCE, the mean of both directions: twin of ``rocket_fast.kernels.clip_loss``."""
+    return clip_terms(
+        image_ND,
+        text_MD,
+        logit_scale,
+        logit_bias=logit_bias,
+        label_smoothing=label_smoothing,
+        row_offset=row_offset,
+        targets=targets,
+        normalize=normalize,
+    ).loss
 
-    Args:
-        image_ND: (N, D) floating point, image embeddings.
-        text_ND: (N, D), text embeddings, of the same shape, dtype and device.
-        logit_scale: inverse temperature, after exp (CLIP starts at 1 / 0.07); a number or a one-value tensor.
-        label_smoothing: in [0, 1): the part of the target spread evenly over all N candidates, the right one included.
-        normalize: scale every row to unit length first; False takes rows that are so already.
 
-    Returns:
-        0-dimensional, float32 (float64 for float64 inputs): the mean over samples and both directions, in nats.
-
-    Raises:
-        ValueError: shapes, dtypes or devices that differ, no samples, a scale of several values, bad smoothing.
-
-    Source: CLIP (Radford et al. 2021, fig. 3).
-    """
-    return clip_terms(image_ND, text_ND, logit_scale, label_smoothing=label_smoothing, normalize=normalize).loss
+def siglip_loss(
+    image_ND: Tensor,
+    text_MD: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    *,
+    row_offset: int = 0,
+    normalize: bool = False,
+) -> Tensor:
+    """Pairwise sigmoid loss: twin of ``rocket_fast.kernels.siglip_loss``."""
+    prepare = _unit if normalize else _precise
+    logits_NM = _scaled(logit_scale, _matmul(prepare(image_ND), prepare(text_MD).T)) + logit_bias
+    sign_NM = 2 * _target_matrix(None, row_offset, logits_NM) - 1
+    return -F.logsigmoid(sign_NM * logits_NM).sum() / len(image_ND)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,9 +193,9 @@ def multiview_clip_terms(
     h_logit_scale: Tensor | float | None = None,
     *,
     label_smoothing: float = 0.0,
-    normalize: bool = True,
+    normalize: bool = False,
 ) -> MultiviewClipTerms:
-    """The parts of CL2L, with accuracies. Arguments and errors as in ``multiview_clip_loss``."""
+    """The parts of CL2L, pair by pair: twin of ``rocket_fast.kernels.multiview_clip_terms``."""
     require_pair("image_z", image_z, "text_z", text_z)
     require_views("image_h", image_h, "text_h", text_h)
     require_scalar("logit_scale", logit_scale)
@@ -194,32 +238,9 @@ def multiview_clip_loss(
     *,
     label_smoothing: float = 0.0,
     reduction: Reduction = "avg",
-    normalize: bool = True,
+    normalize: bool = False,
 ) -> Tensor:
-    """CL2L: ``(L_weak + K * mean over the K x K strong pairs of L_ij) / (1 + K)``, each L a symmetric InfoNCE.
-
-    Every strong image view meets every strong text view; weak and strong views never meet.
-
-    Args:
-        image_z: (N, D) floating point, weak image view through head z.
-        text_z: (N, D), weak text view through head z.
-        logit_scale: inverse temperature of the weak pair, after exp; a number or a one-value tensor.
-        image_h: K tensors (N, E), strong image views through head h; K may be 0, which leaves plain CLIP.
-        text_h: K tensors (N, E), strong text views through head h.
-        h_logit_scale: inverse temperature of the strong pairs, after exp; needed where K > 0.
-        label_smoothing: in [0, 1), on the strong pairs only.
-        reduction: "avg" means over the two directions, "sum" adds them (twice the value).
-        normalize: scale every row to unit length first; False takes rows that are so already.
-
-    Returns:
-        0-dimensional, float32 (float64 for float64 inputs), in nats.
-
-    Raises:
-        ValueError: shapes, dtypes or devices that differ, unequal numbers of views or samples, no samples, a missing
-            scale or one of several values, bad smoothing or reduction.
-
-    Source: "Improved baselines for vision-language pre-training" (Fini et al. 2023).
-    """
+    """CL2L's loss: twin of ``rocket_fast.kernels.multiview_clip_loss``."""
     views = (image_z, text_z, logit_scale, image_h, text_h, h_logit_scale)
     return multiview_clip_terms(*views, label_smoothing=label_smoothing, normalize=normalize).reduce(reduction)
 

@@ -85,7 +85,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 
 def _differentiate(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    inputs, gradients = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+    saved = ctx.saved_tensors  # once: checkpointing recomputes what it unpacks
+    inputs, gradients = saved[:4], saved[4:]
     wanted = [needed and d_loss is not None for needed in ctx.needs_input_grad[:4]]
     own = [
         _scaled_gradient(gradient, d_loss, like) if want else None
@@ -123,7 +124,7 @@ def siglip_loss(
     Args:
         image_ND: (N, D) floating point, image embeddings; the sum is divided by their number.
         text_MD: (M, D), text embeddings, on the same device. Under autocast both are taken in its dtype, as by any
-            matrix product; otherwise in their common dtype.
+            matrix product; otherwise their dtypes must agree.
         logit_scale: s, after exp (SigLIP starts at 10); a number or a one-value tensor.
         logit_bias: b (SigLIP starts at -10); a number or a one-value tensor.
         row_offset: which text image 0 belongs to, where the images are a part of the batch that the texts are all of.
@@ -142,7 +143,7 @@ def siglip_loss(
     require_same_width("image_ND", image_ND, "text_MD", text_MD)
     require_scalar("logit_scale", logit_scale, image_ND.device)
     require_scalar("logit_bias", logit_bias, image_ND.device)
-    image, text = as_factors(image_ND, text_MD)
+    image, text = as_factors("image_ND", image_ND, "text_MD", text_MD)
     scale, bias = as_number(logit_scale, image), as_number(logit_bias, image)
     need_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (image, text, scale, bias))
     return _forward_backward(

@@ -61,16 +61,16 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def inverse_norms(x: Tensor) -> Tensor:
-    """``1 / max(norm, 1e-12)`` of the last dimension."""
-    return 1 / x.norm(dim=-1).clamp_min(EPS)
+def norms(x: Tensor) -> Tensor:
+    """Norms of the last dimension, at least 1e-12."""
+    return x.norm(dim=-1).clamp_min(EPS)
 
 
 def _prepared(x: Tensor, normalize: bool) -> Tensor:
     """In the precision computed with, rows of unit length if asked; the tensor itself where nothing is to be done."""
     dtype = compute_dtype(x)
     x = x if x.dtype == dtype else x.to(dtype)
-    return x * inverse_norms(x)[..., None] if normalize else x
+    return x / norms(x)[..., None] if normalize else x
 
 
 class Tiles:
@@ -488,4 +488,4 @@ def _through_normalization(raw: Tensor, unit: Tensor, gradient: Tensor, normaliz
     if not normalize:
         return gradient
     along = torch.linalg.vecdot(unit, gradient)[..., None]
-    return gradient.addcmul_(unit, along, value=-1).mul_(inverse_norms(raw.to(unit.dtype))[..., None])
+    return gradient.addcmul_(unit, along, value=-1).div_(norms(raw.to(unit.dtype))[..., None])

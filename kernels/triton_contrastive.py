@@ -38,6 +38,7 @@ tl: Any = optional_import("triton.language", "gpu")
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies bfloat16 numbers as if their bits were integers
 LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3e38)  # below every logit, and finite: its difference from itself is zero
 SMALLEST_NORM = tl.constexpr(1e-12)  # as in torch.nn.functional.normalize
 
 # Rows and columns of a tile share one exponential, taken relative to one number, while their references are no further
@@ -63,18 +64,16 @@ def _products(
 ) -> Any:
     """A (ROWS, COLUMNS) tile of ``X Y^T`` in float32, zeros outside; float32 inputs are multiplied as they are."""
     row, column, k = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, WIDTH)
-    x_ptrs = x_ptr + tl.cast(first_row, tl.int64) * D + row[:, None] * D + k[None, :]
-    y_ptrs = y_ptr + tl.cast(first_column, tl.int64) * D + column[None, :] * D + k[:, None]
+    x_ptrs = x_ptr + tl.cast(first_row, tl.int64) * D + (row[:, None] * D + k[None, :])
+    y_ptrs = y_ptr + tl.cast(first_column, tl.int64) * D + (column[None, :] * D + k[:, None])
     row_ok, column_ok = (first_row + row < end_row)[:, None], (first_column + column < end_column)[None, :]
     products = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, D, WIDTH):
-        x = tl.load(x_ptrs, mask=row_ok & (k[None, :] < D - start), other=0.0)
-        y = tl.load(y_ptrs, mask=column_ok & (k[:, None] < D - start), other=0.0)
+        x = tl.load(x_ptrs + start, mask=row_ok & (k[None, :] < D - start), other=0.0)
+        y = tl.load(y_ptrs + start, mask=column_ok & (k[:, None] < D - start), other=0.0)
         if WIDEN:
             x, y = x.to(tl.float32), y.to(tl.float32)
         products = tl.dot(x, y, products, input_precision="ieee")
-        x_ptrs += WIDTH
-        y_ptrs += WIDTH
     return products
 
 
@@ -88,58 +87,106 @@ def _grouped(index: t.Any, rows: t.Any, columns: t.Any, GROUP: tl.constexpr) -> 
 
 
 @triton.jit
-def _join(maximum: t.Any, total: t.Any, other_maximum: t.Any, other_total: t.Any) -> Any:
-    """Two parts of a log-sum-exp in one: ``sum exp(x - maximum) = total``; one of the maxima is finite."""
-    joint = tl.maximum(maximum, other_maximum)
-    scaled = total * tl.exp2((maximum - joint) * LOG2E)
-    return joint, scaled + other_total * tl.exp2((other_maximum - joint) * LOG2E)
+def _join(reference: t.Any, total: t.Any, other_reference: t.Any, other_total: t.Any) -> Any:
+    """Two parts of a log-sum-exp in one: ``sum exp(x - reference) = total``, references finite."""
+    joint = tl.maximum(reference, other_reference)
+    scaled = total * tl.exp2((reference - joint) * LOG2E)
+    return joint, scaled + other_total * tl.exp2((other_reference - joint) * LOG2E)
 
 
 # --- kernels: forward ---------------------------------------------------------------------------------------------------
+#
+# Statistics of a row or column, in parts: the reference and the sum of exp(logit - reference); with a diagonal also the
+# maximum and the largest logit before the positive. Of a column there are two parts a program: one of its last row of
+# tiles, one of all rows before. The older one takes in the last one when the next row comes by: what a program reads was
+# written a whole tile ago, in the layout it is read in, and no column is ever spread over more registers than it needs.
 
 
 @triton.jit
-def _tile_sums(logits: t.Any, row_max: t.Any, column_max: t.Any, row_ok: t.Any, column_ok: t.Any) -> Any:
-    """Row and column sums of ``exp(logits - maximum)`` and the finite maxima they refer to.
+def _load_part(ptrs: t.Any, stride: t.Any, mask: t.Any, DIAGONAL: tl.constexpr) -> Any:
+    reference = tl.load(ptrs, mask=mask, other=LOWEST)
+    total = tl.load(ptrs + stride, mask=mask, other=0.0)
+    maximum, before = reference, reference
+    if DIAGONAL:
+        maximum = tl.load(ptrs + 2 * stride, mask=mask, other=LOWEST)
+        before = tl.load(ptrs + 3 * stride, mask=mask, other=LOWEST)
+    return reference, total, maximum, before
 
-    One exponential an entry where all maxima of the tile are near each other, two elsewhere.
-    """
-    top = tl.max(row_max, 0)
-    row_max = tl.where(row_ok, row_max, top)
-    column_max = tl.where(column_ok, column_max, top)
-    bottom = tl.minimum(tl.min(row_max, 0), tl.min(column_max, 0))
-    if top - bottom <= FORWARD_SPREAD:
-        exponentials = tl.exp2((logits - top) * LOG2E)
-        row_sum = tl.sum(exponentials, 1) * tl.exp2((top - row_max) * LOG2E)
-        column_sum = tl.sum(exponentials, 0) * tl.exp2((top - column_max) * LOG2E)
-    else:
-        row_sum = tl.sum(tl.exp2((logits - row_max[:, None]) * LOG2E), 1)
-        column_sum = tl.sum(tl.exp2((logits - column_max[None, :]) * LOG2E), 0)
-    return row_max, row_sum, column_max, column_sum
+
+@triton.jit
+def _store_part(
+    ptrs: t.Any, stride: t.Any, mask: t.Any, reference: t.Any, total: t.Any, maximum: t.Any, before: t.Any,
+    DIAGONAL: tl.constexpr,
+) -> None:  # fmt: skip
+    tl.store(ptrs, reference, mask=mask)
+    tl.store(ptrs + stride, total, mask=mask)
+    if DIAGONAL:
+        tl.store(ptrs + 2 * stride, maximum, mask=mask)
+        tl.store(ptrs + 3 * stride, before, mask=mask)
 
 
 @triton.jit
 def _before_positives(
-    logits: t.Any, row_max: t.Any, column_max: t.Any, rows: t.Any, columns: t.Any, row_offset: t.Any, positive_ptr: t.Any,
-    N: t.Any, M: t.Any, first_row: t.Any, first_column: t.Any, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    logits: t.Any, row_max: t.Any, column_max: t.Any, before_ptrs: t.Any, positive_ptrs: t.Any, rows: t.Any,
+    columns: t.Any, first_row: t.Any, first_column: t.Any, row_offset: t.Any, N: t.Any, M: t.Any,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> Any:  # fmt: skip
-    """Per row and per column the tile's largest logit before the positive; stores the positives it meets.
+    """Per row the tile's largest logit before the positive; stores the same per column, and the positives it meets.
 
     Only tiles that the diagonal crosses look at single entries.
     """
     below = first_column + COLUMNS - 1 < first_row + row_offset  # every entry lies before its row's positive
     above = first_column > first_row + ROWS - 1 + row_offset  # every entry lies before its column's positive
-    row_before = tl.where(below, row_max, -float("inf"))
-    column_before = tl.where(above, column_max, -float("inf"))
-    if (below | above) == 0:
+    row_before = tl.where(below, row_max, LOWEST)
+    if below | above:
+        tl.store(before_ptrs, tl.where(above, column_max, LOWEST), mask=columns < M)
+    else:
         beyond = (columns[None, :] - row_offset) - rows[:, None]
-        row_before = tl.max(tl.where(beyond < 0, logits, -float("inf")), 1)
-        column_before = tl.max(tl.where(beyond > 0, logits, -float("inf")), 0)
-        positive = tl.max(tl.where(beyond == 0, logits, -float("inf")), 1)
+        tl.store(before_ptrs, tl.max(tl.where(beyond > 0, logits, LOWEST), 0), mask=columns < M)
+        row_before = tl.max(tl.where(beyond < 0, logits, LOWEST), 1)
         label = rows + row_offset
         here = (label >= first_column) & (label < first_column + COLUMNS) & (label < M) & (rows < N)
-        tl.store(positive_ptr + rows, positive, mask=here)
-    return row_before, column_before
+        tl.store(positive_ptrs, tl.max(tl.where(beyond == 0, logits, LOWEST), 1), mask=here)
+    return row_before
+
+
+@triton.jit
+def _tile_sums(
+    logits: t.Any, row_max: t.Any, column_max: t.Any, row_ok: t.Any, column_ok: t.Any, part_ptrs: t.Any, stride: t.Any
+) -> Any:
+    """Row sums of ``exp(logits - row_max)``; stores the columns' references and sums.
+
+    One exponential an entry where all maxima of the tile are near each other, two elsewhere.
+    """
+    top = tl.max(row_max, 0)
+    bottom = tl.minimum(tl.min(tl.where(row_ok, row_max, top), 0), tl.min(tl.where(column_ok, column_max, top), 0))
+    if top - bottom <= FORWARD_SPREAD:
+        exponentials = tl.exp2((logits - top) * LOG2E)
+        tl.store(part_ptrs, column_max * 0.0 + top, mask=column_ok)
+        tl.store(part_ptrs + stride, tl.sum(exponentials, 0), mask=column_ok)
+        row_sum = tl.sum(exponentials, 1) * tl.exp2((top - tl.where(row_ok, row_max, top)) * LOG2E)
+    else:
+        row_sum = tl.sum(tl.exp2((logits - row_max[:, None]) * LOG2E), 1)
+        tl.store(part_ptrs, column_max, mask=column_ok)
+        column_sum = tl.sum(tl.exp2((logits - column_max[None, :]) * LOG2E), 0)
+        tl.store(part_ptrs + stride, column_sum, mask=column_ok)
+    return row_sum
+
+
+@triton.jit
+def _smoothing_totals(
+    logits: t.Any, rows: t.Any, columns: t.Any, first_column: t.Any, row_offset: t.Any, N: t.Any, M: t.Any,
+    COLUMNS: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Row sums of the rows that have a positive, and of the columns that have one; entries outside S are zero."""
+    row_total = tl.sum(logits, 1)
+    label = rows + row_offset
+    last = tl.minimum(first_column + COLUMNS, M) - 1
+    column_total = row_total
+    if (first_column < row_offset) | (last >= N + row_offset):
+        matched = (columns >= row_offset) & (columns < N + row_offset)
+        column_total = tl.sum(tl.where(matched[None, :], logits, 0.0), 1)
+    return tl.where((label >= 0) & (label < M), row_total, 0.0), column_total
 
 
 @triton.jit(do_not_specialize=["N", "M", "text_views", "row_offset", "super_rows", "super_columns"])
@@ -149,8 +196,8 @@ def _forward_kernel(
     inverse_x_ptr: t.Any,  # (A, N), read if NORMALIZE
     inverse_y_ptr: t.Any,  # (B, M)
     scale_ptr: t.Any,  # (A, B)
-    row_part_ptr: t.Any,  # (maximum, sum[, largest before the positive]; A * B; super-columns; N)
-    column_part_ptr: t.Any,  # likewise (..., super-rows, M)
+    row_part_ptr: t.Any,  # (statistics, A * B, super-columns, N)
+    column_part_ptr: t.Any,  # (statistics, A * B, super-rows * 2, M)
     positive_ptr: t.Any,  # (A * B, N), written if DIAGONAL
     total_ptr: t.Any,  # (2, A * B, programs), written if SMOOTH
     N: t.Any,
@@ -177,60 +224,61 @@ def _forward_kernel(
     high, wide = tl.cdiv(row_blocks, super_rows), tl.cdiv(column_blocks, super_columns)
     super_row, super_column = _grouped(tl.program_id(0), high, wide, GROUP)
     row_part_ptr += (pair * wide + super_column).to(tl.int64) * N
-    column_part_ptr += (pair * high + super_row).to(tl.int64) * M
-    row_stride, column_stride = (pairs * wide).to(tl.int64) * N, (pairs * high).to(tl.int64) * M
+    column_part_ptr += (pair * high + super_row).to(tl.int64) * 2 * M
+    row_stride, column_stride = (pairs * wide).to(tl.int64) * N, (pairs * high).to(tl.int64) * 2 * M
     positive_ptr += pair.to(tl.int64) * N
     scale = tl.load(scale_ptr + pair)
     row_block, column_block = super_row * super_rows, super_column * super_columns
     image_total, text_total = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
 
     for block_row in range(row_block, min(row_block + super_rows, row_blocks)):
-        rows = block_row * ROWS + tl.arange(0, ROWS)
+        first_row = block_row * ROWS
+        rows = first_row + tl.arange(0, ROWS)
         row_ok = rows < N
-        maximum = tl.full((ROWS,), -float("inf"), tl.float32)
-        before = tl.full((ROWS,), -float("inf"), tl.float32)
+        maximum = tl.full((ROWS,), LOWEST, tl.float32)
+        before = tl.full((ROWS,), LOWEST, tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         for block_column in range(column_block, min(column_block + super_columns, column_blocks)):
-            columns = block_column * COLUMNS + tl.arange(0, COLUMNS)
+            first_column = block_column * COLUMNS
+            columns = first_column + tl.arange(0, COLUMNS)
             column_ok = columns < M
-            logits = _products(
-                x_ptr, y_ptr, block_row * ROWS, block_column * COLUMNS, N, M, D, ROWS, COLUMNS, WIDTH
+            old_ptrs = column_part_ptr + columns
+            last_ptrs = old_ptrs + M
+            tl.debug_barrier()  # other threads of this program stored what is loaded next
+            old, old_sum, old_max, old_before = _load_part(
+                old_ptrs, column_stride, column_ok & (block_row > row_block + 1), DIAGONAL
             )
+            last, last_sum, last_max, last_before = _load_part(
+                last_ptrs, column_stride, column_ok & (block_row > row_block), DIAGONAL
+            )
+
+            logits = _products(x_ptr, y_ptr, first_row, first_column, N, M, D, ROWS, COLUMNS, WIDTH)
             if NORMALIZE:
                 logits *= tl.load(inverse_x_ptr + image * N + rows, mask=row_ok, other=0.0)[:, None]
                 logits *= tl.load(inverse_y_ptr + text * M + columns, mask=column_ok, other=0.0)[None, :]
             logits *= scale
+
+            old, old_sum = _join(old, old_sum, last, last_sum)
+            old_max, old_before = tl.maximum(old_max, last_max), tl.maximum(old_before, last_before)
+            _store_part(old_ptrs, column_stride, column_ok, old, old_sum, old_max, old_before, DIAGONAL)
             if SMOOTH:
-                has_row, has_column = rows + row_offset, columns - row_offset
-                image_total += tl.where((has_row >= 0) & (has_row < M), tl.sum(logits, 1), 0.0)
-                has_column = (has_column >= 0) & (has_column < N)
-                text_total += tl.sum(tl.where(has_column[None, :], logits, 0.0), 1)
-            logits = tl.where(row_ok[:, None] & column_ok[None, :], logits, -float("inf"))
+                by_row, by_column = _smoothing_totals(logits, rows, columns, first_column, row_offset, N, M, COLUMNS)
+                image_total += by_row
+                text_total += by_column
+            if (first_row + ROWS > N) | (first_column + COLUMNS > M):
+                logits = tl.where(row_ok[:, None] & column_ok[None, :], logits, LOWEST)
             row_max, column_max = tl.max(logits, 1), tl.max(logits, 0)
-            # The statistics of these columns were last written by this program, one row of tiles above: the barrier
-            # makes the other threads' stores visible.
-            tl.debug_barrier()
-            seen = column_ok & (block_row > row_block)
-            part_ptrs = column_part_ptr + columns
-            old_max = tl.load(part_ptrs, mask=seen, other=-float("inf"))
-            old_sum = tl.load(part_ptrs + column_stride, mask=seen, other=0.0)
             if DIAGONAL:
-                row_before, column_before = _before_positives(
-                    logits, row_max, column_max, rows, columns, row_offset, positive_ptr, N, M,
-                    block_row * ROWS, block_column * COLUMNS, ROWS, COLUMNS,
+                tl.store(last_ptrs + 2 * column_stride, column_max, mask=column_ok)
+                row_before = _before_positives(
+                    logits, row_max, column_max, last_ptrs + 3 * column_stride, positive_ptr + rows, rows, columns,
+                    first_row, first_column, row_offset, N, M, ROWS, COLUMNS,
                 )  # fmt: skip
                 before = tl.maximum(before, row_before)
-                old_before = tl.load(part_ptrs + 2 * column_stride, mask=seen, other=-float("inf"))
-                tl.store(part_ptrs + 2 * column_stride, tl.maximum(old_before, column_before), mask=column_ok)
-            row_max, row_sum, column_max, column_sum = _tile_sums(logits, row_max, column_max, row_ok, column_ok)
+            row_sum = _tile_sums(logits, row_max, column_max, row_ok, column_ok, last_ptrs, column_stride)
             maximum, total = _join(maximum, total, row_max, row_sum)
-            new_max, new_sum = _join(old_max, old_sum, column_max, column_sum)
-            tl.store(part_ptrs, new_max, mask=column_ok)
-            tl.store(part_ptrs + column_stride, new_sum, mask=column_ok)
-        tl.store(row_part_ptr + rows, maximum, mask=row_ok)
-        tl.store(row_part_ptr + row_stride + rows, total, mask=row_ok)
-        if DIAGONAL:
-            tl.store(row_part_ptr + 2 * row_stride + rows, before, mask=row_ok)
+        row_ptrs = row_part_ptr + rows
+        _store_part(row_ptrs, row_stride, row_ok, maximum, total, maximum, before, DIAGONAL)
     if SMOOTH:
         at = total_ptr + pair * tl.num_programs(0) + tl.program_id(0)
         tl.store(at, tl.sum(image_total, 0))
@@ -239,8 +287,8 @@ def _forward_kernel(
 
 @triton.jit
 def _join_side(
-    part_ptr: t.Any, lse_ptr: t.Any, positive_ptr: t.Any, term_ptr: t.Any, smoothing_ptr: t.Any, pair: t.Any, pairs: t.Any,
-    first: t.Any, parts: t.Any, size: t.Any, other_size: t.Any, offset: t.Any,
+    part_ptr: t.Any, lse_ptr: t.Any, positive_ptr: t.Any, term_ptr: t.Any, smoothing_ptr: t.Any, pair: t.Any,
+    pairs: t.Any, first: t.Any, parts: t.Any, size: t.Any, other_size: t.Any, offset: t.Any,
     BY_ROW: tl.constexpr, DIAGONAL: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """Log-sum-exps of a block of rows (or columns) from their parts; the block's share of loss and accuracy."""
@@ -248,19 +296,13 @@ def _join_side(
     ok = index < size
     ptrs = part_ptr + (pair * parts).to(tl.int64) * size + index
     stride = (pairs * parts).to(tl.int64) * size
-    maximum = tl.load(ptrs, mask=ok, other=0.0)
-    total = tl.load(ptrs + stride, mask=ok, other=1.0)
-    before = tl.full((BLOCK,), -float("inf"), tl.float32)
-    if DIAGONAL:
-        before = tl.load(ptrs + 2 * stride, mask=ok, other=-float("inf"))
+    reference, total, maximum, before = _load_part(ptrs, stride, ok, DIAGONAL)
     for _ in range(1, parts):
         ptrs += size
-        part_max = tl.load(ptrs, mask=ok, other=0.0)
-        part_sum = tl.load(ptrs + stride, mask=ok, other=0.0)
-        maximum, total = _join(maximum, total, part_max, part_sum)
-        if DIAGONAL:
-            before = tl.maximum(before, tl.load(ptrs + 2 * stride, mask=ok, other=-float("inf")))
-    lse = maximum + tl.log(total)
+        part, part_sum, part_max, part_before = _load_part(ptrs, stride, ok, DIAGONAL)
+        reference, total = _join(reference, total, part, part_sum)
+        maximum, before = tl.maximum(maximum, part_max), tl.maximum(before, part_before)
+    lse = reference + tl.log(total)
     tl.store(lse_ptr + pair.to(tl.int64) * size + index, lse, mask=ok)
     if DIAGONAL:
         partner = index + offset
@@ -279,7 +321,7 @@ def _join_side(
 
 @triton.jit(do_not_specialize=["N", "M", "row_offset", "row_parts", "column_parts"])
 def _join_kernel(
-    row_part_ptr: t.Any,  # as _forward_kernel wrote them
+    row_part_ptr: t.Any,  # of _forward_kernel
     column_part_ptr: t.Any,
     positive_ptr: t.Any,
     lse_image_ptr: t.Any,  # (A * B, N)
@@ -289,8 +331,8 @@ def _join_kernel(
     N: t.Any,
     M: t.Any,
     row_offset: t.Any,
-    row_parts: t.Any,  # super-columns
-    column_parts: t.Any,  # super-rows
+    row_parts: t.Any,
+    column_parts: t.Any,
     DIAGONAL: tl.constexpr,
     SMOOTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -356,7 +398,9 @@ def _terms_kernel(
 
 
 @triton.jit
-def _largest(ptr: t.Any, text_views: t.Any, pairs: t.Any, size: t.Any, s_a: t.Any, s_b: t.Any, s_n: t.Any, BLOCK: tl.constexpr) -> Any:
+def _largest(
+    ptr: t.Any, text_views: t.Any, pairs: t.Any, size: t.Any, s_a: t.Any, s_b: t.Any, s_n: t.Any, BLOCK: tl.constexpr
+) -> Any:
     """The largest magnitude in a strided (A, B, size) array."""
     most = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, pairs * size, BLOCK):
@@ -408,7 +452,13 @@ def _unit_kernel(
 
 @triton.jit
 def _softmax_gradient(
-    logits: t.Any, lse_row: t.Any, lse_column: t.Any, weight_row: t.Any, weight_column: t.Any, row_ok: t.Any, column_ok: t.Any
+    logits: t.Any,
+    lse_row: t.Any,
+    lse_column: t.Any,
+    weight_row: t.Any,
+    weight_column: t.Any,
+    row_ok: t.Any,
+    column_ok: t.Any,
 ) -> Any:
     """``w_i exp(S_ij - r_i) + w_j exp(S_ij - c_j)``; one exponential an entry where all r and c are near each other."""
     least = tl.minimum(
@@ -494,9 +544,7 @@ def _gradient_kernel(
     The chunk holds ``unit * scale * G``, with NORMALIZE also times both inverse norms.
     """
     row_blocks, column_blocks = tl.cdiv(chunk_rows, ROWS), tl.cdiv(chunk_columns, COLUMNS)
-    row_tile, column_tile = _grouped(
-        tl.program_id(0), views * row_blocks, chunk_text_views * column_blocks, GROUP
-    )
+    row_tile, column_tile = _grouped(tl.program_id(0), views * row_blocks, chunk_text_views * column_blocks, GROUP)
     image, text = first_view + row_tile // row_blocks, first_text_view + column_tile // column_blocks
     block_row, block_column = row_tile % row_blocks, column_tile % column_blocks
     pair = image * text_views + text
@@ -547,9 +595,7 @@ def _gradient_kernel(
         weight_text_ptr += image.to(tl.int64) * ta + text.to(tl.int64) * tb
         weight_row = unit * tl.load(weight_image_ptr + rows.to(tl.int64) * i_n, mask=row_ok, other=0.0)
         weight_column = unit * tl.load(weight_text_ptr + columns.to(tl.int64) * tm, mask=column_ok, other=0.0)
-        gradient = _softmax_gradient(
-            cosines * scale, lse_row, lse_column, weight_row, weight_column, row_ok, column_ok
-        )
+        gradient = _softmax_gradient(cosines * scale, lse_row, lse_column, weight_row, weight_column, row_ok, column_ok)
         target = 1.0
         if SMOOTH:
             smoothing = tl.load(smoothing_ptr + pair)
@@ -681,9 +727,7 @@ def _finish_kernel(
     block, x_blocks = tl.program_id(0), tl.cdiv(x_rows, ROWS)
     factor = factor * tl.load(unit_ptr + 1)
     if block < x_blocks:
-        _finish_rows(
-            x_sum_ptr, x_ptr, inverse_x_ptr, d_x_ptr, factor, block, x_rows, D, NORMALIZE, FOLDED, ROWS, WIDTH
-        )
+        _finish_rows(x_sum_ptr, x_ptr, inverse_x_ptr, d_x_ptr, factor, block, x_rows, D, NORMALIZE, FOLDED, ROWS, WIDTH)
     else:
         _finish_rows(
             y_sum_ptr, y_ptr, inverse_y_ptr, d_y_ptr, factor, block - x_blocks, y_rows, D,
@@ -850,7 +894,8 @@ def _super_tile(problem: _Problem, config: Config, workspace: int) -> tuple[int,
     rows, columns = min(side, row_blocks), min(side, column_blocks)
 
     def partial_bytes() -> int:
-        return 12 * problem.pairs * (problem.N * _ceil(column_blocks, columns) + problem.M * _ceil(row_blocks, rows))
+        parts = problem.N * _ceil(column_blocks, columns) + problem.M * 2 * _ceil(row_blocks, rows)
+        return 16 * problem.pairs * parts
 
     while partial_bytes() > workspace and (rows < row_blocks or columns < column_blocks):
         rows, columns = min(2 * rows, row_blocks), min(2 * columns, column_blocks)
@@ -897,9 +942,9 @@ def _launch_forward(
     config, pairs = _configs(problem).forward, problem.pairs
     rows, columns = _super_tile(problem, config, workspace)
     high, wide = _ceil(_ceil(problem.N, config.rows), rows), _ceil(_ceil(problem.M, config.columns), columns)
-    statistics = 3 if diagonal else 2
+    statistics = 4 if diagonal else 2
     row_part = problem.scale.new_empty(statistics, pairs, wide, problem.N)
-    column_part = problem.scale.new_empty(statistics, pairs, high, problem.M)
+    column_part = problem.scale.new_empty(statistics, pairs, 2 * high, problem.M)
     positive = problem.scale.new_empty(pairs, problem.N if diagonal else 0)
     total = problem.scale.new_empty(2, pairs, high * wide if per_pair is not None else 0)
     _launch(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rocket_fast import kernels
+from rocket_fast.kernels import reference
 
 FIXTURES = np.load(Path(__file__).parents[1] / "fixtures" / "reference_losses.npz")
 CASES = sorted({key.split("/")[0] for key in FIXTURES})
@@ -61,22 +63,28 @@ def test_the_fixture_has_every_objective() -> None:
     assert set(CASES) - set(CL2L_CASES) == {"clip", "siamlip", "byolip", "barlip", "swalip", "swalip_prototypes"}
 
 
-def test_clip_equals_the_original() -> None:
+# The fused operations and their dense twins are held to the same numbers.
+both_implementations = pytest.mark.parametrize("module", [kernels, reference], ids=["fused", "dense"])
+
+
+@both_implementations
+def test_clip_equals_the_original(module: ModuleType) -> None:
     case = Case("clip")
     x = case.inputs
-    terms = kernels.clip_terms(x["z_image"], x["z_text"], x["logit_scale"])
-    close(kernels.clip_loss(x["z_image"], x["z_text"], x["logit_scale"]), case.out["loss"])
+    terms = module.clip_terms(x["z_image"], x["z_text"], x["logit_scale"], normalize=True)
+    close(module.clip_loss(x["z_image"], x["z_text"], x["logit_scale"], normalize=True), case.out["loss"])
     close(terms.loss, case.out["clip_loss"])
     close(terms.accuracy_image, case.out["clip_acc"])
     case.check_gradients(terms.loss)
 
 
+@both_implementations
 @pytest.mark.parametrize("name", CL2L_CASES)
-def test_cl2l_equals_the_original(name: str) -> None:
+def test_cl2l_equals_the_original(name: str, module: ModuleType) -> None:
     case = Case(name)
     _, reduction, smoothing, _ = name.split("_")
-    options = {"label_smoothing": float(smoothing.removeprefix("ls"))}
-    loss = kernels.multiview_clip_loss(*cl2l_arguments(case), **options, reduction=reduction)
+    options = {"label_smoothing": float(smoothing.removeprefix("ls")), "normalize": True}
+    loss = module.multiview_clip_loss(*cl2l_arguments(case), **options, reduction=reduction)
     close(loss, case.out["loss"])
     case.check_gradients(loss)
 
@@ -85,7 +93,8 @@ def test_cl2l_equals_the_original(name: str) -> None:
 def test_companions_equal_the_original(name: str) -> None:
     case = Case(name)
     smoothing = 0.0 if name == "swalip" else 0.1
-    total = kernels.multiview_clip_loss(*cl2l_arguments(case), label_smoothing=smoothing, reduction="sum")
+    options = {"label_smoothing": smoothing, "reduction": "sum", "normalize": True}
+    total = kernels.multiview_clip_loss(*cl2l_arguments(case), **options)
     if name == "barlip":
         loss = kernels.barlip_loss(
             *(case.weak_and_strong("v", m) for m in ("image", "text")), lambda_=5e-3, scale=0.025
@@ -111,7 +120,7 @@ def test_companions_equal_the_original(name: str) -> None:
 def test_swalip_prototypes_equals_the_original() -> None:
     case = Case("swalip_prototypes")
     x = case.inputs
-    clip = kernels.clip_loss(x["z_image"], x["z_text"], x["logit_scale"])
+    clip = kernels.clip_loss(x["z_image"], x["z_text"], x["logit_scale"], normalize=True)
     loss = kernels.swalip_prototypes_loss((x["p_image"],), (x["p_text"],), x["swalip_logit_scale"])
     close(loss, case.out["swalip_loss"])
     close(clip + loss, case.out["loss"])
@@ -139,7 +148,7 @@ def test_gradcheck_of_cl2l(strong: int, reduction: kernels.Reduction) -> None:
 
     def loss(scale: Tensor, h_scale: Tensor, *views: Tensor) -> Tensor:
         image_h, text_h = views[2 : 2 + strong], views[2 + strong :]
-        options = {"label_smoothing": 0.1, "reduction": reduction}
+        options = {"label_smoothing": 0.1, "reduction": reduction, "normalize": True}
         return kernels.multiview_clip_loss(views[0], views[1], scale, image_h, text_h, h_scale, **options)
 
     assert torch.autograd.gradcheck(loss, (SCALE, SCALE.detach().clone().requires_grad_(strong > 0), *views))
@@ -208,19 +217,19 @@ def test_clip_against_its_definition(n: int, d: int, smoothing: float, seed: int
     target = (1 - smoothing) * torch.eye(n, dtype=torch.float64) + smoothing / n
     expected_image = -(target * logits.log_softmax(1)).sum(1).mean()
     expected_text = -(target * logits.log_softmax(0)).sum(0).mean()
-    terms = kernels.clip_terms(image, text, 10.0, label_smoothing=smoothing)
+    terms = kernels.clip_terms(image, text, 10.0, label_smoothing=smoothing, normalize=True)
     torch.testing.assert_close(terms.loss_image, expected_image)
     torch.testing.assert_close(terms.loss_text, expected_text)
     assert terms.loss.shape == terms.accuracy_image.shape == terms.accuracy_text.shape == ()
     assert 0 <= terms.accuracy_image <= 100
-    already = kernels.clip_loss(x, y, 10.0, label_smoothing=smoothing, normalize=False)
+    already = kernels.clip_loss(x, y, 10.0, label_smoothing=smoothing)
     torch.testing.assert_close(already, terms.loss)
 
 
 def test_accuracy_counts_each_direction() -> None:
     image = torch.eye(4)
     text = torch.eye(4)[[0, 1, 2, 2]] * torch.tensor([[1.0], [1.0], [1.0], [2.0]])
-    terms = kernels.clip_terms(image, text, 1.0, normalize=False)  # image 2 prefers text 3, text 3 prefers image 2
+    terms = kernels.clip_terms(image, text, 1.0)  # image 2 prefers text 3, text 3 prefers image 2
     assert (terms.accuracy_image.item(), terms.accuracy_text.item()) == (50.0, 75.0)
     assert not terms.accuracy_image.requires_grad
 
@@ -323,19 +332,19 @@ X = torch.randn(4, 3)
 cl2l = kernels.multiview_clip_loss
 ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "shape": (
-        lambda: kernels.clip_loss(X, X[:3], 1.0),
-        r"text_ND: got \(3, 3\), expected the shape of image_ND, \(4, 3\)",
+        lambda: kernels.clip_loss(X, X[:, :2], 1.0),
+        r"text_MD: got \(4, 2\), expected a shape \(M, 3\), as wide as image_ND",
     ),
     "rank": (lambda: kernels.clip_loss(X[0], X[0], 1.0), r"image_ND: got \(3,\), expected a shape \(N, D\)"),
     "empty": (lambda: kernels.clip_loss(X[:0], X[:0], 1.0), r"image_ND: got \(0, 3\), expected .* N >= 1"),
     "dtype": (
         lambda: kernels.clip_loss(X, X.half(), 1.0),
-        "text_ND: got torch.float16, expected the dtype of image_ND, torch.float32",
+        "text_MD: got torch.float16, expected the dtype of image_ND, torch.float32",
     ),
     "integers": (lambda: kernels.clip_loss(X.long(), X.long(), 1.0), "image_ND: got torch.int64, expected a floating"),
     "device": (
         lambda: kernels.clip_loss(X, X.to("meta"), 1.0),
-        "text_ND: got device.*meta.*, expected the device of image_ND, cpu",
+        "text_MD: got device.*meta.*, expected the device of image_ND, cpu",
     ),
     "scale": (lambda: kernels.clip_loss(X, X, torch.ones(2)), r"logit_scale: got .*\(2,\).*, expected one value"),
     "smoothing": (

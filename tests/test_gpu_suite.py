@@ -1,0 +1,100 @@
+"""The GPU suite's whole way through at tiny sizes on the CPU, its float64 figures, and that it can fail."""
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+SMALL = ["--device", "cpu", "--small"]
+
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="only the source tree has the benchmarks")
+
+
+@pytest.fixture
+def suite(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    before = torch.get_float32_matmul_precision()
+    import gpu_suite
+
+    yield gpu_suite
+    torch.set_float32_matmul_precision(before)
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    (report,) = folder.glob("*.json")
+    assert report.name.startswith("cpu-small-")
+    return json.loads(report.read_text())["results"]
+
+
+def test_every_row_runs(suite: ModuleType, tmp_path: Path) -> None:
+    assert suite.main([*SMALL, "--output", str(tmp_path)]) == 0
+    found = results(tmp_path)
+    assert {r["kind"] for r in found} == {"ceiling", "check", "repeatable", "launches", "time"}
+    assert all(r["status"] == ("skipped" if r["kind"] == "launches" else "ok") for r in found), found
+    (report,) = tmp_path.glob("*.md")
+    text = report.read_text()
+    assert all(r["name"] in text for r in found)
+    assert "% of the fastest product above" in text
+
+
+def test_wrong_gradients_and_exceptions_fail(
+    suite: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = suite.clip_loss
+
+    def wrong(image: torch.Tensor, text: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        if image.dtype == torch.float16:
+            raise RuntimeError("no such kernel")
+        return right(image, 0.99 * text + 0.01 * text.detach(), *args, **options)
+
+    monkeypatch.setattr(suite, "clip_loss", wrong)
+    assert suite.main([*SMALL, "--output", str(tmp_path), "--only", "check clip"]) == 1
+    for result in results(tmp_path):
+        assert result["status"] == "FAILED"
+        if "float16" in result["name"] and "bfloat16" not in result["name"]:
+            assert result["note"] == "RuntimeError: no such kernel"
+        else:
+            assert result["figures"]["ours"]["d text"] > 5e-3 > result["figures"]["ours"]["value"]
+
+
+def test_without_time_rows_say_so(suite: ModuleType, tmp_path: Path) -> None:
+    assert suite.main([*SMALL, "--output", str(tmp_path), "--budget", "1"]) == 0
+    assert all(r["status"] == "skipped" and "s are left" in r["note"] for r in results(tmp_path))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_cuda_it_says_so_in_a_line(
+    suite: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert suite.main(["--output", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_float64_figures_are_autograds(suite: ModuleType) -> None:
+    """Several positives, smoothing, offset; rows in several blocks."""
+    machine = suite.Machine("cpu", small=True)
+    options = {"width": 7, "dtype": torch.float64}
+    checks = [
+        suite.Check("clip", 9, 9, smoothing=0.1, captions=3, normalize=True, **options),
+        suite.Check("clip", 5, 11, smoothing=0.2, row_offset=4, **options),
+        suite.Check("log_sum_exp", 5, 9, **options),
+        suite.Check("siglip", 6, 6, normalize=True, **options),
+    ]
+    for check in checks:
+        blocked, plain = suite.exact(check, machine), suite.eager(check, machine)
+        for name, value in plain.named().items():
+            torch.testing.assert_close(
+                blocked.named()[name], value.double(), rtol=1e-5, atol=1e-8, msg=f"{check} {name}"
+            )
+    views = [torch.randn(6, 5, dtype=torch.float64, requires_grad=True) for _ in range(6)]
+    scales = [torch.tensor(s, dtype=torch.float64, requires_grad=True) for s in (14.0, 10.0)]
+    grads = [
+        torch.autograd.grad(loss(*views, *scales), [*views, *scales])
+        for loss in (suite.exact_multiview, suite.peers.dense_multiview)
+    ]
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
