@@ -47,7 +47,7 @@ def _forward(
     normalize: bool,
     workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log-sum-exps of rows (A, B, N) and columns (A, B, M), their maxima, and (A, B, 4): losses and accuracies.
+    """Log-sum-exps of rows (A, B, N) and columns (A, B, M), float64; their maxima; (A, B, 4): losses and accuracies.
 
     The last is of the diagonal's positives, and zero where ``diagonal`` is False.
     """
@@ -70,10 +70,10 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype, rows, columns = compute_dtype(image_AND), image_AND.shape[1], text_BMD.shape[1]
 
-    def of(size: int) -> Tensor:
+    def of(size: int, dtype: torch.dtype = dtype) -> Tensor:
         return image_AND.new_empty(*scale_AB.shape, size, dtype=dtype)
 
-    return of(rows), of(columns), of(rows), of(columns), of(4)
+    return of(rows, torch.float64), of(columns, torch.float64), of(rows), of(columns), of(4)
 
 
 @torch.library.custom_op("rocket_fast::contrastive_backward", mutates_args=())
@@ -151,8 +151,8 @@ def _weights(ctx: Any, saved: tuple[Tensor, ...], gradients: tuple[Tensor | None
     if not ctx.diagonal:
         zero = scale_AB.new_zeros(1, 1, 1)
         return (
-            zero.expand_as(lse_image_ABN) if d_lse_image_ABN is None else d_lse_image_ABN,
-            zero.expand_as(lse_text_ABM) if d_lse_text_ABM is None else d_lse_text_ABM,
+            zero.expand_as(lse_image_ABN) if d_lse_image_ABN is None else d_lse_image_ABN.to(zero.dtype),
+            zero.expand_as(lse_text_ABM) if d_lse_text_ABM is None else d_lse_text_ABM.to(zero.dtype),
         )
     assert d_terms_AB4 is not None
     (views, rows, _), (text_views, columns, _) = image_AND.shape, text_BMD.shape
@@ -257,7 +257,9 @@ def log_sum_exp(
     require_same_width("image_ND", image_ND, "text_MD", text_MD)
     require_scalar("logit_scale", logit_scale, image_ND.device)
     image, text = as_factors("image_ND", image_ND, "text_MD", text_MD)
-    return _statistics(image, text, as_number(logit_scale, image), normalize, workspace_bytes(workspace_mib))[0]
+    scale = as_number(logit_scale, image)
+    (lse_N, lse_M), _ = _statistics(image, text, scale, normalize, workspace_bytes(workspace_mib))
+    return lse_N.to(scale.dtype), lse_M.to(scale.dtype)
 
 
 def clip_terms(
@@ -475,7 +477,7 @@ def _require_offset(row_offset: int, rows: int, columns: int) -> None:
 def _statistics(
     image_ND: Tensor, text_MD: Tensor, scale: Tensor, normalize: bool, workspace: int
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Log-sum-exps of rows (N,) and columns (M,), and their maxima."""
+    """Log-sum-exps of rows (N,) and columns (M,), float64, and their maxima."""
     options = ([0.0], 0, False, normalize, workspace)
     lse_N, lse_M, top_N, top_M, _ = _forward(image_ND[None], text_MD[None], scale.reshape(1, 1), *options)
     return (lse_N[0, 0], lse_M[0, 0]), (top_N[0, 0], top_M[0, 0])

@@ -122,7 +122,7 @@ def _from_indices(targets: Tensor, rows: int, columns: int, dtype: torch.dtype) 
         require(largest < columns, "targets", f"{largest} among its values", f"texts' numbers below {columns}")
         require(largest >= 0, "targets", "-1 only", "at least one positive")
     column_E = targets.reshape(-1).to(torch.int64)
-    row_E = torch.arange(rows, device=targets.device)[:, None].expand(rows, column_E.shape[0] // rows).reshape(-1)
+    row_E = torch.arange(rows, device=targets.device).repeat_interleave(column_E.shape[0] // rows)
     return row_E, column_E.clamp_min(0), (column_E >= 0).to(dtype)
 
 
@@ -163,7 +163,7 @@ def soft_terms(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss image to text, loss text to image, accuracies of both in percent.
 
-    ``lse``, ``top``: log-sum-exps and maxima of the logits' rows (N,) and columns (M,).
+    ``lse``, ``top``: log-sum-exps (float64) and maxima of the logits' rows (N,) and columns (M,).
     """
     x_ND, y_MD = (side.to(compute_dtype(side)) for side in (image_ND, text_MD))
     if normalize:
@@ -176,9 +176,11 @@ def soft_terms(
     )
     for share_E, has, at_E, lse_own, top_own, own, other in directions:
         count = has.sum()
-        right_part = lse_own @ has - (1 - label_smoothing) * (logit_E @ share_E)
-        spread = label_smoothing * scale * ((has @ own) @ other.mean(0)) if label_smoothing else 0.0
-        losses.append((right_part - spread) / count)
+        # lse and logits are large and close to each other: their difference is taken in lse's float64.
+        logit = (logit_E.double() @ share_E.double()) * (1 - label_smoothing)
+        if label_smoothing:
+            logit = logit + label_smoothing * scale * ((has @ own) @ other.mean(0))
+        losses.append(((lse_own @ has.double() - logit) / count).to(has.dtype))
         best = logit_E.detach().masked_fill(share_E <= 0, -torch.inf)
         best = torch.full_like(top_own, -torch.inf).scatter_reduce(0, at_E, best, "amax")
         # The pair's product and the tile's differ in the last bits.

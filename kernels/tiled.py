@@ -12,7 +12,6 @@ without keeping S. Everything after a product is elementwise on a tile still in 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,9 +22,10 @@ from torch import Tensor
 # of each other; larger ones leave the cache, smaller ones starve the product.
 TILE = (1024, 2048)
 
-# How far below the rows' largest logits the columns' may lie before exponentials made for the rows underflow for them:
-# what is lost of a column's sum is below exp(-27) of it.
-MARGIN = 27
+# How far apart (nats) rows' and columns' references may lie to share exponentials. At 16 the exponents' rounding adds
+# 1e-6 to a column's probabilities, a fraction of what the logits' own does where they spread as far; float32's range
+# would allow 60.
+SPREAD = 16
 
 # Rows taken together where the diagonal crosses a tile.
 CORNER = 128
@@ -119,7 +119,11 @@ def contrastive_forward(
     normalize: bool,
     workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log-sum-exps of rows (A, B, N) and columns (A, B, M), their maxima, terms (A, B, 4): see ``_pair_terms``."""
+    """Log-sum-exps of rows (A, B, N) and columns (A, B, M), their maxima, and terms (A, B, 4): losses and accuracies.
+
+    Log-sum-exps are float64 whatever the rest is: rounding one of a hundred to float32 would put the same error, 4e-6,
+    on all probabilities of its row.
+    """
     x_AND, y_BMD = _prepared(image_AND, normalize), _prepared(text_BMD, normalize)
     (views, rows, _), (text_views, columns, _) = x_AND.shape, y_BMD.shape
     tiles = Tiles(rows, columns, x_AND, workspace)
@@ -163,7 +167,8 @@ class _Online:
         self.maximum[at] = joint
 
     def log_sum_exp(self) -> Tensor:
-        return self.maximum + self.total.log()
+        """In float64, see ``contrastive_forward``."""
+        return self.maximum.double() + self.total.log().double()
 
 
 class _Largest:
@@ -242,7 +247,7 @@ class _Statistics:
         def both(row: Tensor, column: Tensor) -> Tensor:
             return torch.stack([where.per_row(row), where.per_column(column)])
 
-        losses_2 = both(lse_N, lse_M).sub_(positive_P, alpha=1 - smoothing).mean(1)
+        losses_2 = both(lse_N, lse_M).sub_(positive_P, alpha=1 - smoothing).mean(1).to(positive_P.dtype)
         if mean_logits is not None:
             losses_2 -= smoothing * mean_logits
         right_2P = both(self.row.maximum, self.column.maximum) == positive_P
@@ -254,11 +259,10 @@ class _Statistics:
 def _near(largest: Tensor, low: Tensor) -> bool:
     """Whether exponentials relative to rows' references, of which ``largest`` is the largest, serve the columns too.
 
-    ``exp(x - low) = exp(x - high) exp(high - low)`` holds in floating point unless the range of the type is left; then
-    an exponential each is taken. To know it, the CPU only looks; another device would have to wait.
+    ``exp(x - low) = exp(x - high) exp(high - low)``, but rounded exponents cost digits in proportion to their size:
+    else an exponential each is taken. To know it, the CPU only looks; another device would have to wait.
     """
-    limit = -math.log(torch.finfo(low.dtype).tiny) - MARGIN
-    return low.device.type == "cpu" and (largest - low.min()).item() < limit
+    return low.device.type == "cpu" and (largest - low.min()).item() < SPREAD
 
 
 @functools.cache
@@ -270,8 +274,8 @@ def _upper_triangle(device: torch.device) -> Tensor:
 def _before_diagonal(logits: Tensor, offset: int, row_max: Tensor, tied: bool) -> Tensor:
     """Per row i, the largest entry in columns below ``i + offset``; ``row_max`` is that of all columns.
 
-    Where no entry equals its row's positive, rows whose positive lies in the tile need no answer (-inf): one that is not
-    the largest is wrong anyway. Else whole blocks up to the diagonal, then the corner that a block of rows leaves.
+    Where no entry equals its row's positive, rows with the positive in the tile need no answer (-inf): if it is not the
+    largest, they are wrong anyway. Else whole blocks up to the diagonal, then the corner that a block of rows leaves.
     """
     rows, columns = logits.shape
     best = torch.full_like(row_max, -torch.inf)
@@ -371,10 +375,16 @@ class _PairGradient:
         smoothing: float,
         row_offset: int | None,
     ) -> None:
-        self.lse_N, self.lse_M, self.weight_N, self.weight_M = lse_N, lse_M, weight_N, weight_M
+        self.weight_N, self.weight_M = weight_N, weight_M
+        # Probabilities are taken relative to rounded log-sum-exps; what rounding took goes into their factors.
+        self.lse_N, self.lse_M = lse_N.to(weight_N.dtype), lse_M.to(weight_N.dtype)
+        self.factor_N, self.factor_M = (
+            weight * (rounded - exact).exp().to(weight.dtype)
+            for weight, rounded, exact in ((weight_N, self.lse_N, lse_N), (weight_M, self.lse_M, lse_M))
+        )
         self.smoothing, self.row_offset = smoothing, row_offset
-        self.largest = lse_N.max()
-        self.one_exponential = _near(self.largest, lse_M)
+        self.largest = self.lse_N.max()
+        self.one_exponential = _near(self.largest, self.lse_M)
 
     def accumulate(
         self, x_ND: Tensor, y_MD: Tensor, scale: Tensor, d_row_ND: Tensor, d_text_MD: Tensor | None, tiles: Tiles
@@ -395,17 +405,18 @@ class _PairGradient:
         """Turn a tile of logits into the tile of their gradients, in place, but for label smoothing's constants."""
         weight_row, weight_column = self.weight_N[row], self.weight_M[column]
         lse_row, lse_column = self.lse_N[row], self.lse_M[column]
+        factor_row, factor_column = self.factor_N[row], self.factor_M[column]
         if self.one_exponential:
             # exp(S - c) = exp(S - r) exp(r - c), and the second factor is a product of a row's and a column's number.
             torch.mm(
-                torch.stack([weight_row, (lse_row - self.largest).exp()], dim=1),
-                torch.stack([torch.ones_like(weight_column), weight_column * (self.largest - lse_column).exp()]),
+                torch.stack([factor_row, (lse_row - self.largest).exp()], dim=1),
+                torch.stack([torch.ones_like(factor_column), factor_column * (self.largest - lse_column).exp()]),
                 out=scratch_NM,
             )
             logits_NM.sub_(lse_row[:, None]).exp_().mul_(scratch_NM)
         else:
             torch.sub(logits_NM, lse_column, out=scratch_NM).exp_()
-            logits_NM.sub_(lse_row[:, None]).exp_().mul_(weight_row[:, None]).addcmul_(scratch_NM, weight_column)
+            logits_NM.sub_(lse_row[:, None]).exp_().mul_(factor_row[:, None]).addcmul_(scratch_NM, factor_column)
         if self.row_offset is None:
             return
         offset = row.start + self.row_offset - column.start

@@ -118,7 +118,7 @@ def test_zero_vectors_normalise_as_torch_does() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
-@pytest.mark.parametrize("shape", [(65, 65, 24), (129, 200, 100), (200, 200, 513)], ids=str)
+@pytest.mark.parametrize("shape", [(65, 65, 24), (200, 200, 513), (900, 1000, 512)], ids=str)
 def test_error_is_no_larger_than_eager_torch(dtype: torch.dtype, scale: float, shape: tuple[int, int, int]) -> None:
     """Against float64 on the same rounded inputs; the eager loss in the inputs' dtype is what people have now."""
     n, m, d = shape
@@ -143,7 +143,7 @@ def test_error_is_no_larger_than_eager_torch(dtype: torch.dtype, scale: float, s
             continue
         error, peer = ((x[name].double() - value).norm() / value.norm() for x in (ours, peers))
         # A few roundings of the result itself are nobody's fault: sums of one float32 differ by order alone.
-        assert error <= max(1.1 * peer, 8 * torch.finfo(torch.float32).eps, torch.finfo(ours[name].dtype).eps / 2), name
+        assert error <= max(1.1 * peer, 4 * torch.finfo(torch.float32).eps, torch.finfo(ours[name].dtype).eps / 2), name
 
 
 def test_large_logits_neither_overflow_nor_vanish() -> None:
@@ -461,7 +461,7 @@ def test_no_matrix_of_similarities_is_made(workspace_mib: float) -> None:
         lse_image, lse_text, *_ = tiled.contrastive_forward(
             x[None], y[None], scale, smoothing=[0.1], diagonal=True, **options
         )
-        arguments = (x[None], y[None], scale, lse_image, lse_text, lse_image, lse_text)
+        arguments = (x[None], y[None], scale, lse_image, lse_text, lse_image.float(), lse_text.float())
         needs = {"need_image": True, "need_text": True}
         tiled.contrastive_backward(*arguments, smoothing=[0.1], diagonal=True, **needs, **options)
         tiled.sigmoid_forward_backward(x, y, scale[0, 0], scale[0, 0], need_grad=True, **options)
