@@ -1,4 +1,4 @@
-"""The Triton kernels compiled ahead of time at every pinned configuration: registers, stack, shared memory, tensor cores.
+"""The Triton kernels compiled ahead of time at every pinned configuration: registers, stack, memory, tensor cores.
 
 Needs triton, but no GPU. What is compiled is what would be launched: the launchers run on tensors without data (device
 "meta"), their launches are recorded, and each kernel is compiled for an architecture with the specialisations (pointers
@@ -33,7 +33,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SIZES: tuple[contrastive.Size, ...] = ("large", "small")
 # What ptx calls the instruction that feeds the tensor cores; float32 is multiplied without them.
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-PRODUCT_KERNELS = ("_forward_kernel", "_gradient_kernel")
+PRODUCT_KERNELS = ("_forward_kernel", "_diagonal_kernel", "_gradient_kernel")
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Row:
     instruction: str
 
 
-# --- what would be launched ---------------------------------------------------------------------------------------------
+# --- what would be launched -------------------------------------------------------------------------------------------
 
 
 def launches(case: Case) -> list[Launch]:
@@ -115,7 +115,7 @@ def launches(case: Case) -> list[Launch]:
     table = case.arch if case.table is None else case.table
     with (
         mock.patch.object(contrastive, "_launch", record),
-        mock.patch.object(contrastive, "_architecture", lambda device: table),
+        mock.patch.object(contrastive, "_architecture", return_value=table),
     ):
         _run_operations(case)
     return recorded
@@ -164,7 +164,7 @@ def _specialisation(parameter: Any, value: Any) -> tuple[str, bool, bool]:
     return kind, False, value % 16 == 0 and not parameter.do_not_specialize
 
 
-# --- compilation --------------------------------------------------------------------------------------------------------
+# --- compilation ------------------------------------------------------------------------------------------------------
 
 
 @functools.cache

@@ -349,7 +349,7 @@ def contrastive_backward(
             d_row_ND = d_x_AND[a] if text_views == 1 else torch.empty_like(x_AND[a])
             d_text_MD = None if d_y_BMD is None else d_y_BMD[b]
             pair.accumulate(x_AND[a], y_BMD[b], scale_AB[a, b], d_row_ND, d_text_MD, tiles)
-            d_scale_AB[a, b] = torch.linalg.vecdot(x_AND[a], d_row_ND).sum()
+            d_scale_AB[a, b] = torch.linalg.vecdot(x_AND[a], d_row_ND).sum(dtype=torch.float64)
             if text_views == 1:
                 d_row_ND.mul_(scale_AB[a, b])
             else:

@@ -1,7 +1,7 @@
 """The contrastive operations as Triton kernels, for NVIDIA (tables for sm_80, sm_90, sm_100) and, untuned, for ROCm.
 
-Shapes: A image views of N images, B text views of M texts, D embedding width; the A * B pairs of views are blocks of one
-problem and share every launch. For views a and b, ``S = scale[a, b] * X_a Y_b^T``. Row i's positive is column
+Shapes: A image views of N images, B text views of M texts, D embedding width; the A * B pairs of views are blocks of
+one problem and share every launch. For views a and b, ``S = scale[a, b] * X_a Y_b^T``. Row i's positive is column
 ``i + row_offset``; P rows (and columns) have one.
 
 Forward. A program owns a square of tiles of S ("super-tile"): row statistics stay in its registers while it walks along
@@ -38,7 +38,7 @@ tl: Any = optional_import("triton.language", "gpu")
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies bfloat16 numbers as if their bits were integers
 LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3e38)  # below every logit, and finite: its difference from itself is zero
+LOWEST = tl.constexpr(-1e38)  # below every logit, and finite: its difference from itself is zero
 SMALLEST_NORM = tl.constexpr(1e-12)  # as in torch.nn.functional.normalize
 
 # Rows and columns of a tile share one exponential, taken relative to one number, while their references are no further
@@ -46,7 +46,7 @@ SMALLEST_NORM = tl.constexpr(1e-12)  # as in torch.nn.functional.normalize
 FORWARD_SPREAD = tl.constexpr(60.0)
 BACKWARD_SPREAD = tl.constexpr(80.0)
 
-# --- kernels: shared parts ----------------------------------------------------------------------------------------------
+# --- kernels: shared parts --------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -78,8 +78,31 @@ def _products(
 
 
 @triton.jit
+def _halves(tile: t.Any, ROWS: tl.constexpr, COLUMNS: tl.constexpr) -> Any:
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _slabs(tile: t.Any, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLABS: tl.constexpr) -> Any:
+    """A tile in 1, 2, 4 or 8 slabs of columns, which renames registers and moves nothing.
+
+    What belongs to a column (its maximum, its log-sum-exp) takes a register for each column a thread sees: a whole
+    tile's would push the tile itself out of the registers.
+    """
+    slabs: t.Any = (tile,)
+    if SLABS >= 2:
+        slabs = _halves(tile, ROWS, COLUMNS)
+    if SLABS >= 4:
+        slabs = _halves(slabs[0], ROWS, COLUMNS // 2) + _halves(slabs[1], ROWS, COLUMNS // 2)
+    if SLABS >= 8:
+        left = _halves(slabs[0], ROWS, COLUMNS // 4) + _halves(slabs[1], ROWS, COLUMNS // 4)
+        slabs = left + _halves(slabs[2], ROWS, COLUMNS // 4) + _halves(slabs[3], ROWS, COLUMNS // 4)
+    return slabs
+
+
+@triton.jit
 def _grouped(index: t.Any, rows: t.Any, columns: t.Any, GROUP: tl.constexpr) -> Any:
-    """Row and column of the ``index``-th tile, GROUP rows of tiles at a time: neighbours in time share operands in L2."""
+    """Row and column of the ``index``-th tile, GROUP rows of tiles at a time: neighbours share operands in L2."""
     band = index // (GROUP * columns)
     height = min(rows - band * GROUP, GROUP)
     within = index % (GROUP * columns)
@@ -94,99 +117,63 @@ def _join(reference: t.Any, total: t.Any, other_reference: t.Any, other_total: t
     return joint, scaled + other_total * tl.exp2((other_reference - joint) * LOG2E)
 
 
-# --- kernels: forward ---------------------------------------------------------------------------------------------------
+# --- kernels: forward -------------------------------------------------------------------------------------------------
 #
-# Statistics of a row or column, in parts: the reference and the sum of exp(logit - reference); with a diagonal also the
-# maximum and the largest logit before the positive. Of a column there are two parts a program: one of its last row of
-# tiles, one of all rows before. The older one takes in the last one when the next row comes by: what a program reads was
-# written a whole tile ago, in the layout it is read in, and no column is ever spread over more registers than it needs.
+# Statistics of a row or column, in parts: a reference and the sum of exp(logit - reference); with a diagonal also the
+# largest rival, which the positive must exceed to be the pick, from tiles that the diagonal does not cross. Of a column
+# there are two parts a program: one of its last row of tiles, one of all rows before. The older one takes in the last
+# one when the next row comes by: what a program reads was written a whole tile ago, in the layout it is read in.
 
 
 @triton.jit
 def _load_part(ptrs: t.Any, stride: t.Any, mask: t.Any, DIAGONAL: tl.constexpr) -> Any:
     reference = tl.load(ptrs, mask=mask, other=LOWEST)
     total = tl.load(ptrs + stride, mask=mask, other=0.0)
-    maximum, before = reference, reference
+    rival = reference
     if DIAGONAL:
-        maximum = tl.load(ptrs + 2 * stride, mask=mask, other=LOWEST)
-        before = tl.load(ptrs + 3 * stride, mask=mask, other=LOWEST)
-    return reference, total, maximum, before
+        rival = tl.load(ptrs + 2 * stride, mask=mask, other=LOWEST)
+    return reference, total, rival
 
 
 @triton.jit
 def _store_part(
-    ptrs: t.Any, stride: t.Any, mask: t.Any, reference: t.Any, total: t.Any, maximum: t.Any, before: t.Any,
-    DIAGONAL: tl.constexpr,
-) -> None:  # fmt: skip
+    ptrs: t.Any, stride: t.Any, mask: t.Any, reference: t.Any, total: t.Any, rival: t.Any, DIAGONAL: tl.constexpr
+) -> None:
     tl.store(ptrs, reference, mask=mask)
     tl.store(ptrs + stride, total, mask=mask)
     if DIAGONAL:
-        tl.store(ptrs + 2 * stride, maximum, mask=mask)
-        tl.store(ptrs + 3 * stride, before, mask=mask)
+        tl.store(ptrs + 2 * stride, rival, mask=mask)
 
 
 @triton.jit
-def _before_positives(
-    logits: t.Any, row_max: t.Any, column_max: t.Any, before_ptrs: t.Any, positive_ptrs: t.Any, rows: t.Any,
-    columns: t.Any, first_row: t.Any, first_column: t.Any, row_offset: t.Any, N: t.Any, M: t.Any,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-) -> Any:  # fmt: skip
-    """Per row the tile's largest logit before the positive; stores the same per column, and the positives it meets.
-
-    Only tiles that the diagonal crosses look at single entries.
-    """
-    below = first_column + COLUMNS - 1 < first_row + row_offset  # every entry lies before its row's positive
-    above = first_column > first_row + ROWS - 1 + row_offset  # every entry lies before its column's positive
-    row_before = tl.where(below, row_max, LOWEST)
-    if below | above:
-        tl.store(before_ptrs, tl.where(above, column_max, LOWEST), mask=columns < M)
-    else:
-        beyond = (columns[None, :] - row_offset) - rows[:, None]
-        tl.store(before_ptrs, tl.max(tl.where(beyond > 0, logits, LOWEST), 0), mask=columns < M)
-        row_before = tl.max(tl.where(beyond < 0, logits, LOWEST), 1)
-        label = rows + row_offset
-        here = (label >= first_column) & (label < first_column + COLUMNS) & (label < M) & (rows < N)
-        tl.store(positive_ptrs, tl.max(tl.where(beyond == 0, logits, LOWEST), 1), mask=here)
-    return row_before
+def _just_below(x: t.Any) -> Any:
+    """The next smaller number (of 0, one that no device rounds to it): of equal logits the first is the pick, so that a
+    positive exceeds a rival after it if it exceeds this."""
+    bits = x.to(tl.int32, bitcast=True)
+    below = tl.where(x > 0.0, bits - 1, bits + 1).to(tl.float32, bitcast=True)
+    return tl.where(x == 0.0, -1e-37, below)
 
 
 @triton.jit
-def _tile_sums(
-    logits: t.Any, row_max: t.Any, column_max: t.Any, row_ok: t.Any, column_ok: t.Any, part_ptrs: t.Any, stride: t.Any
+def _sums(
+    logits: t.Any, row_max: t.Any, top: t.Any, near: t.Any, column_ok: t.Any, part_ptrs: t.Any, stride: t.Any
 ) -> Any:
-    """Row sums of ``exp(logits - row_max)``; stores the columns' references and sums.
+    """Sums of exponentials: per row relative to ``top`` if ``near``, else to its maximum; likewise per column, stored.
 
-    One exponential an entry where all maxima of the tile are near each other, two elsewhere.
+    One exponential an entry if ``near``, else two.
     """
-    top = tl.max(row_max, 0)
-    bottom = tl.minimum(tl.min(tl.where(row_ok, row_max, top), 0), tl.min(tl.where(column_ok, column_max, top), 0))
-    if top - bottom <= FORWARD_SPREAD:
+    if near:
         exponentials = tl.exp2((logits - top) * LOG2E)
-        tl.store(part_ptrs, column_max * 0.0 + top, mask=column_ok)
+        tl.store(part_ptrs, tl.where(column_ok, top, 0.0), mask=column_ok)
         tl.store(part_ptrs + stride, tl.sum(exponentials, 0), mask=column_ok)
-        row_sum = tl.sum(exponentials, 1) * tl.exp2((top - tl.where(row_ok, row_max, top)) * LOG2E)
+        row_sum = tl.sum(exponentials, 1)
     else:
-        row_sum = tl.sum(tl.exp2((logits - row_max[:, None]) * LOG2E), 1)
+        column_max = tl.max(logits, 0)
         tl.store(part_ptrs, column_max, mask=column_ok)
         column_sum = tl.sum(tl.exp2((logits - column_max[None, :]) * LOG2E), 0)
         tl.store(part_ptrs + stride, column_sum, mask=column_ok)
+        row_sum = tl.sum(tl.exp2((logits - row_max[:, None]) * LOG2E), 1)
     return row_sum
-
-
-@triton.jit
-def _smoothing_totals(
-    logits: t.Any, rows: t.Any, columns: t.Any, first_column: t.Any, row_offset: t.Any, N: t.Any, M: t.Any,
-    COLUMNS: tl.constexpr,
-) -> Any:  # fmt: skip
-    """Row sums of the rows that have a positive, and of the columns that have one; entries outside S are zero."""
-    row_total = tl.sum(logits, 1)
-    label = rows + row_offset
-    last = tl.minimum(first_column + COLUMNS, M) - 1
-    column_total = row_total
-    if (first_column < row_offset) | (last >= N + row_offset):
-        matched = (columns >= row_offset) & (columns < N + row_offset)
-        column_total = tl.sum(tl.where(matched[None, :], logits, 0.0), 1)
-    return tl.where((label >= 0) & (label < M), row_total, 0.0), column_total
 
 
 @triton.jit(do_not_specialize=["N", "M", "text_views", "row_offset", "super_rows", "super_columns"])
@@ -198,8 +185,6 @@ def _forward_kernel(
     scale_ptr: t.Any,  # (A, B)
     row_part_ptr: t.Any,  # (statistics, A * B, super-columns, N)
     column_part_ptr: t.Any,  # (statistics, A * B, super-rows * 2, M)
-    positive_ptr: t.Any,  # (A * B, N), written if DIAGONAL
-    total_ptr: t.Any,  # (2, A * B, programs), written if SMOOTH
     N: t.Any,
     M: t.Any,
     D: t.Any,
@@ -209,13 +194,14 @@ def _forward_kernel(
     super_columns: t.Any,
     NORMALIZE: tl.constexpr,
     DIAGONAL: tl.constexpr,
-    SMOOTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
+    SLABS: tl.constexpr,
     GROUP: tl.constexpr,
 ) -> None:
     """Partial statistics of rows and columns of one super-tile of one pair."""
+    SLAB: tl.constexpr = COLUMNS // SLABS
     pair, pairs = tl.program_id(1), tl.num_programs(1)
     image, text = pair // text_views, pair % text_views
     x_ptr += image.to(tl.int64) * N * D
@@ -226,83 +212,157 @@ def _forward_kernel(
     row_part_ptr += (pair * wide + super_column).to(tl.int64) * N
     column_part_ptr += (pair * high + super_row).to(tl.int64) * 2 * M
     row_stride, column_stride = (pairs * wide).to(tl.int64) * N, (pairs * high).to(tl.int64) * 2 * M
-    positive_ptr += pair.to(tl.int64) * N
     scale = tl.load(scale_ptr + pair)
     row_block, column_block = super_row * super_rows, super_column * super_columns
-    image_total, text_total = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
 
     for block_row in range(row_block, min(row_block + super_rows, row_blocks)):
         first_row = block_row * ROWS
         rows = first_row + tl.arange(0, ROWS)
         row_ok = rows < N
-        maximum = tl.full((ROWS,), LOWEST, tl.float32)
-        before = tl.full((ROWS,), LOWEST, tl.float32)
+        reference = tl.full((ROWS,), LOWEST, tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
+        rival = reference
         for block_column in range(column_block, min(column_block + super_columns, column_blocks)):
             first_column = block_column * COLUMNS
-            columns = first_column + tl.arange(0, COLUMNS)
-            column_ok = columns < M
-            old_ptrs = column_part_ptr + columns
-            last_ptrs = old_ptrs + M
+            all_columns = first_column + tl.arange(0, COLUMNS)
+            all_ok = all_columns < M
             tl.debug_barrier()  # other threads of this program stored what is loaded next
-            old, old_sum, old_max, old_before = _load_part(
-                old_ptrs, column_stride, column_ok & (block_row > row_block + 1), DIAGONAL
+            old, old_sum, old_rival = _load_part(
+                column_part_ptr + all_columns, column_stride, all_ok & (block_row > row_block + 1), DIAGONAL
             )
-            last, last_sum, last_max, last_before = _load_part(
-                last_ptrs, column_stride, column_ok & (block_row > row_block), DIAGONAL
+            last, last_sum, last_rival = _load_part(
+                column_part_ptr + M + all_columns, column_stride, all_ok & (block_row > row_block), DIAGONAL
             )
 
-            logits = _products(x_ptr, y_ptr, first_row, first_column, N, M, D, ROWS, COLUMNS, WIDTH)
-            if NORMALIZE:
-                logits *= tl.load(inverse_x_ptr + image * N + rows, mask=row_ok, other=0.0)[:, None]
-                logits *= tl.load(inverse_y_ptr + text * M + columns, mask=column_ok, other=0.0)[None, :]
-            logits *= scale
+            products = _products(x_ptr, y_ptr, first_row, first_column, N, M, D, ROWS, COLUMNS, WIDTH)
 
             old, old_sum = _join(old, old_sum, last, last_sum)
-            old_max, old_before = tl.maximum(old_max, last_max), tl.maximum(old_before, last_before)
-            _store_part(old_ptrs, column_stride, column_ok, old, old_sum, old_max, old_before, DIAGONAL)
-            if SMOOTH:
-                by_row, by_column = _smoothing_totals(logits, rows, columns, first_column, row_offset, N, M, COLUMNS)
-                image_total += by_row
-                text_total += by_column
-            if (first_row + ROWS > N) | (first_column + COLUMNS > M):
-                logits = tl.where(row_ok[:, None] & column_ok[None, :], logits, LOWEST)
-            row_max, column_max = tl.max(logits, 1), tl.max(logits, 0)
+            old_rival = tl.maximum(old_rival, last_rival)
+            _store_part(column_part_ptr + all_columns, column_stride, all_ok, old, old_sum, old_rival, DIAGONAL)
+            factor = tl.zeros((ROWS,), tl.float32) + scale
+            if NORMALIZE:
+                factor *= tl.load(inverse_x_ptr + image * N + rows, mask=row_ok, other=0.0)
+            below = first_column + COLUMNS - 1 < first_row + row_offset  # every entry lies before its row's positive
+            above = first_column > first_row + ROWS - 1 + row_offset  # every entry lies before its column's positive
+            row_max = tl.full((ROWS,), LOWEST, tl.float32)
+            bottom = float("inf")
+            slabs = _slabs(products, ROWS, COLUMNS, SLABS)
+            scaled: t.Any = ()
+            for slab in tl.static_range(SLABS):
+                columns = first_column + slab * SLAB + tl.arange(0, SLAB)
+                column_ok = columns < M
+                logits = slabs[slab] * factor[:, None]
+                if NORMALIZE:
+                    logits *= tl.load(inverse_y_ptr + text * M + columns, mask=column_ok, other=0.0)[None, :]
+                if (first_row + ROWS > N) | (first_column + COLUMNS > M):
+                    logits = tl.where(row_ok[:, None] & column_ok[None, :], logits, LOWEST)
+                column_max = tl.max(logits, 0)
+                bottom = tl.minimum(bottom, tl.min(tl.where(column_ok, column_max, float("inf")), 0))
+                if DIAGONAL:
+                    column_rival = tl.where(below, _just_below(column_max), LOWEST)
+                    column_rival = tl.where(above, column_max, column_rival)
+                    tl.store(column_part_ptr + M + columns + 2 * column_stride, column_rival, mask=column_ok)
+                row_max = tl.maximum(row_max, tl.max(logits, 1))
+                scaled = scaled + (logits,)  # noqa: RUF005  (kernels know no starred expressions)
+
+            top = tl.max(row_max, 0)
+            near = top - tl.minimum(bottom, tl.min(tl.where(row_ok, row_max, top), 0)) <= FORWARD_SPREAD
+            row_sum = tl.zeros((ROWS,), tl.float32)
+            for slab in tl.static_range(SLABS):
+                columns = first_column + slab * SLAB + tl.arange(0, SLAB)
+                row_sum += _sums(
+                    scaled[slab], row_max, top, near, columns < M, column_part_ptr + M + columns, column_stride
+                )
+            reference, total = _join(reference, total, tl.where(near, top, row_max), row_sum)
             if DIAGONAL:
-                tl.store(last_ptrs + 2 * column_stride, column_max, mask=column_ok)
-                row_before = _before_positives(
-                    logits, row_max, column_max, last_ptrs + 3 * column_stride, positive_ptr + rows, rows, columns,
-                    first_row, first_column, row_offset, N, M, ROWS, COLUMNS,
-                )  # fmt: skip
-                before = tl.maximum(before, row_before)
-            row_sum = _tile_sums(logits, row_max, column_max, row_ok, column_ok, last_ptrs, column_stride)
-            maximum, total = _join(maximum, total, row_max, row_sum)
-        row_ptrs = row_part_ptr + rows
-        _store_part(row_ptrs, row_stride, row_ok, maximum, total, maximum, before, DIAGONAL)
-    if SMOOTH:
-        at = total_ptr + pair * tl.num_programs(0) + tl.program_id(0)
-        tl.store(at, tl.sum(image_total, 0))
-        tl.store(at + pairs * tl.num_programs(0), tl.sum(text_total, 0))
+                row_rival = tl.where(above, _just_below(row_max), LOWEST)
+                rival = tl.maximum(rival, tl.where(below, row_max, row_rival))
+        _store_part(row_part_ptr + rows, row_stride, row_ok, reference, total, rival, DIAGONAL)
+
+
+@triton.jit(do_not_specialize=["N", "M", "text_views", "row_offset", "first_tile"])
+def _diagonal_kernel(
+    x_ptr: t.Any,  # (A, N, D)
+    y_ptr: t.Any,  # (B, M, D)
+    inverse_x_ptr: t.Any,  # (A, N), read if NORMALIZE
+    inverse_y_ptr: t.Any,  # (B, M)
+    scale_ptr: t.Any,  # (A, B)
+    positive_ptr: t.Any,  # (A * B, N)
+    row_rival_ptr: t.Any,  # (A * B, tiles crossed, N)
+    column_rival_ptr: t.Any,  # (A * B, tiles crossed, M)
+    N: t.Any,
+    M: t.Any,
+    D: t.Any,
+    text_views: t.Any,
+    row_offset: t.Any,
+    first_tile: t.Any,  # the first column of tiles that the diagonal crosses in the first row of tiles; may be negative
+    NORMALIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SLABS: tl.constexpr,
+) -> None:
+    """Positives, and their largest rivals, of a tile that the diagonal crosses.
+
+    The same products in the same order as in ``_forward_kernel``: logits are equal to the bit.
+    """
+    SLAB: tl.constexpr = COLUMNS // SLABS
+    block_row, crossed, crossings = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    pair = tl.program_id(2)
+    image, text = pair // text_views, pair % text_views
+    first_row, first_column = block_row * ROWS, (block_row + first_tile + crossed) * COLUMNS
+    rows = first_row + tl.arange(0, ROWS)
+    row_ok, labels = rows < N, rows + row_offset
+    positive = tl.full((ROWS,), LOWEST, tl.float32)
+    before, after = positive, positive
+    if (first_column >= 0) & (first_column < M):
+        products = _products(
+            x_ptr + image.to(tl.int64) * N * D, y_ptr + text.to(tl.int64) * M * D, first_row, first_column, N, M, D,
+            ROWS, COLUMNS, WIDTH,
+        )  # fmt: skip
+        factor = tl.zeros((ROWS,), tl.float32) + tl.load(scale_ptr + pair)
+        if NORMALIZE:
+            factor *= tl.load(inverse_x_ptr + image * N + rows, mask=row_ok, other=0.0)
+        slabs = _slabs(products, ROWS, COLUMNS, SLABS)
+        for slab in tl.static_range(SLABS):
+            columns = first_column + slab * SLAB + tl.arange(0, SLAB)
+            column_ok = columns < M
+            logits = slabs[slab] * factor[:, None]
+            if NORMALIZE:
+                logits *= tl.load(inverse_y_ptr + text * M + columns, mask=column_ok, other=0.0)[None, :]
+            logits = tl.where(row_ok[:, None] & column_ok[None, :], logits, LOWEST)
+            left = tl.where(columns[None, :] < labels[:, None], logits, LOWEST)
+            right = tl.where(columns[None, :] > labels[:, None], logits, LOWEST)
+            here = tl.where(columns[None, :] == labels[:, None], logits, LOWEST)
+            positive = tl.maximum(positive, tl.max(here, 1))
+            before, after = tl.maximum(before, tl.max(left, 1)), tl.maximum(after, tl.max(right, 1))
+            rival = tl.maximum(tl.max(right, 0), _just_below(tl.max(left, 0)))
+            tl.store(column_rival_ptr + (pair * crossings + crossed).to(tl.int64) * M + columns, rival, mask=column_ok)
+    here = row_ok & (labels >= first_column) & (labels < first_column + COLUMNS) & (labels < M)
+    tl.store(positive_ptr + pair.to(tl.int64) * N + rows, positive, mask=here)
+    rival = tl.maximum(before, _just_below(after))
+    tl.store(row_rival_ptr + (pair * crossings + crossed).to(tl.int64) * N + rows, rival, mask=row_ok)
 
 
 @triton.jit
 def _join_side(
-    part_ptr: t.Any, lse_ptr: t.Any, positive_ptr: t.Any, term_ptr: t.Any, smoothing_ptr: t.Any, pair: t.Any,
-    pairs: t.Any, first: t.Any, parts: t.Any, size: t.Any, other_size: t.Any, offset: t.Any,
-    BY_ROW: tl.constexpr, DIAGONAL: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr,
+    part_ptr: t.Any, lse_ptr: t.Any, positive_ptr: t.Any, rival_ptr: t.Any, term_ptr: t.Any, smoothing_ptr: t.Any,
+    pair: t.Any, pairs: t.Any, first: t.Any, parts: t.Any, size: t.Any, other_size: t.Any, offset: t.Any,
+    first_tile: t.Any, crossings: t.Any,
+    BY_ROW: tl.constexpr, DIAGONAL: tl.constexpr, SMOOTH: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """Log-sum-exps of a block of rows (or columns) from their parts; the block's share of loss and accuracy."""
     index = first + tl.arange(0, BLOCK)
     ok = index < size
     ptrs = part_ptr + (pair * parts).to(tl.int64) * size + index
     stride = (pairs * parts).to(tl.int64) * size
-    reference, total, maximum, before = _load_part(ptrs, stride, ok, DIAGONAL)
+    reference, total, rival = _load_part(ptrs, stride, ok, DIAGONAL)
     for _ in range(1, parts):
         ptrs += size
-        part, part_sum, part_max, part_before = _load_part(ptrs, stride, ok, DIAGONAL)
+        part, part_sum, part_rival = _load_part(ptrs, stride, ok, DIAGONAL)
         reference, total = _join(reference, total, part, part_sum)
-        maximum, before = tl.maximum(maximum, part_max), tl.maximum(before, part_before)
-    lse = reference + tl.log(total)
+        rival = tl.maximum(rival, part_rival)
+    lse = reference + tl.log(tl.where(ok, total, 1.0))
     tl.store(lse_ptr + pair.to(tl.int64) * size + index, lse, mask=ok)
     if DIAGONAL:
         partner = index + offset
@@ -311,19 +371,28 @@ def _join_side(
             positive = tl.load(positive_ptr + pair.to(tl.int64) * size + index, mask=matched, other=0.0)
         else:
             positive = tl.load(positive_ptr + pair.to(tl.int64) * other_size + partner, mask=matched, other=0.0)
+        for crossed in range(crossings):
+            known = ok
+            if not BY_ROW:  # only where there is such a row of tiles
+                row_tile = index // TILE - first_tile - crossed
+                known = ok & (row_tile >= 0) & (row_tile < tl.cdiv(other_size, TILE))
+            ptrs = rival_ptr + (pair * crossings + crossed).to(tl.int64) * size + index
+            rival = tl.maximum(rival, tl.load(ptrs, mask=known, other=LOWEST))
         loss = lse - positive
         if SMOOTH:
             loss += tl.load(smoothing_ptr + pair) * positive
-        right = matched & (positive == maximum) & (positive > before)
+        right = matched & (positive > rival)
         tl.store(term_ptr, tl.sum(tl.where(matched, loss, 0.0), 0))
         tl.store(term_ptr + 1, tl.sum(right.to(tl.float32), 0))
 
 
-@triton.jit(do_not_specialize=["N", "M", "row_offset", "row_parts", "column_parts"])
+@triton.jit(do_not_specialize=["N", "M", "row_offset", "row_parts", "column_parts", "first_tile", "crossings"])
 def _join_kernel(
     row_part_ptr: t.Any,  # of _forward_kernel
     column_part_ptr: t.Any,
-    positive_ptr: t.Any,
+    positive_ptr: t.Any,  # of _diagonal_kernel, read if DIAGONAL
+    row_rival_ptr: t.Any,
+    column_rival_ptr: t.Any,
     lse_image_ptr: t.Any,  # (A * B, N)
     lse_text_ptr: t.Any,  # (A * B, M)
     term_ptr: t.Any,  # (A * B, blocks of rows then of columns, 2), written if DIAGONAL: loss, number of right picks
@@ -333,8 +402,11 @@ def _join_kernel(
     row_offset: t.Any,
     row_parts: t.Any,
     column_parts: t.Any,
+    first_tile: t.Any,
+    crossings: t.Any,
     DIAGONAL: tl.constexpr,
     SMOOTH: tl.constexpr,
+    TILE: tl.constexpr,  # rows, and columns, of a tile
     BLOCK: tl.constexpr,
 ) -> None:
     """Partial statistics to log-sum-exps, rows and columns in one launch."""
@@ -343,18 +415,19 @@ def _join_kernel(
     term_ptr += 2 * (pair * tl.num_programs(0) + block)
     if block < row_blocks:
         _join_side(
-            row_part_ptr, lse_image_ptr, positive_ptr, term_ptr, smoothing_ptr, pair, pairs,
-            block * BLOCK, row_parts, N, M, row_offset, True, DIAGONAL, SMOOTH, BLOCK,
+            row_part_ptr, lse_image_ptr, positive_ptr, row_rival_ptr, term_ptr, smoothing_ptr, pair, pairs,
+            block * BLOCK, row_parts, N, M, row_offset, first_tile, crossings, True, DIAGONAL, SMOOTH, TILE, BLOCK,
         )  # fmt: skip
     else:
         _join_side(
-            column_part_ptr, lse_text_ptr, positive_ptr, term_ptr, smoothing_ptr, pair, pairs,
-            (block - row_blocks) * BLOCK, column_parts, M, N, -row_offset, False, DIAGONAL, SMOOTH, BLOCK,
+            column_part_ptr, lse_text_ptr, positive_ptr, column_rival_ptr, term_ptr, smoothing_ptr, pair, pairs,
+            (block - row_blocks) * BLOCK, column_parts, M, N, -row_offset, first_tile, crossings, False, DIAGONAL,
+            SMOOTH, TILE, BLOCK,
         )  # fmt: skip
 
 
 @triton.jit
-def _sum(ptr: t.Any, count: t.Any, stride: t.Any, BLOCK: tl.constexpr) -> Any:
+def _total(ptr: t.Any, count: t.Any, stride: t.Any, BLOCK: tl.constexpr) -> Any:
     """The sum of ``count`` numbers ``stride`` apart, always in the same order."""
     index = tl.arange(0, BLOCK)
     sums = tl.zeros((BLOCK,), tl.float32)
@@ -363,38 +436,62 @@ def _sum(ptr: t.Any, count: t.Any, stride: t.Any, BLOCK: tl.constexpr) -> Any:
     return tl.sum(sums, 0)
 
 
-@triton.jit(do_not_specialize=["N", "M", "positives", "row_blocks", "column_blocks", "programs"])
+@triton.jit
+def _vector(ptr: t.Any, parts: t.Any, D: t.Any, start: t.Any, WIDTH: tl.constexpr) -> Any:
+    """A piece of a sum of rows (D), of which ``parts`` parts lie 2 D apart."""
+    k = start + tl.arange(0, WIDTH)
+    total = tl.zeros((WIDTH,), tl.float32)
+    for part in range(parts):
+        total += tl.load(ptr + tl.cast(part, tl.int64) * 2 * D + k, mask=k < D, other=0.0)
+    return total
+
+
+@triton.jit(
+    do_not_specialize=["N", "M", "text_views", "positives", "row_blocks", "column_blocks", "x_parts", "y_parts"]
+)
 def _terms_kernel(
-    term_ptr: t.Any,  # as _join_kernel wrote them
-    total_ptr: t.Any,  # as _forward_kernel wrote them
+    term_ptr: t.Any,  # of _join_kernel
+    x_sum_ptr: t.Any,  # (A, x_parts, 2, D), of _rows_kernel, read if SMOOTH
+    y_sum_ptr: t.Any,  # (B, y_parts, 2, D)
+    scale_ptr: t.Any,  # (A, B)
     smoothing_ptr: t.Any,  # (A * B)
     out_ptr: t.Any,  # (A * B, 4): loss_image, loss_text, accuracy_image, accuracy_text
     N: t.Any,
     M: t.Any,
+    D: t.Any,
+    text_views: t.Any,
     positives: t.Any,
     row_blocks: t.Any,
     column_blocks: t.Any,
-    programs: t.Any,
+    x_parts: t.Any,
+    y_parts: t.Any,
     SMOOTH: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Means over the positives of one pair."""
-    pair, pairs = tl.program_id(0), tl.num_programs(0)
+    """Means over the positives of one pair; a sum over logits is a product of sums."""
+    pair = tl.program_id(0)
     image_ptr = term_ptr + 2 * pair * (row_blocks + column_blocks)
     text_ptr = image_ptr + 2 * row_blocks
-    image, text = _sum(image_ptr, row_blocks, 2, BLOCK), _sum(text_ptr, column_blocks, 2, BLOCK)
+    image, text = _total(image_ptr, row_blocks, 2, BLOCK), _total(text_ptr, column_blocks, 2, BLOCK)
     if SMOOTH:
-        smoothing = tl.load(smoothing_ptr + pair)
-        image -= smoothing * (_sum(total_ptr + pair * programs, programs, 1, BLOCK) / M)
-        text -= smoothing * (_sum(total_ptr + (pairs + pair) * programs, programs, 1, BLOCK) / N)
+        x_sum_ptr += (pair // text_views * x_parts).to(tl.int64) * 2 * D
+        y_sum_ptr += (pair % text_views * y_parts).to(tl.int64) * 2 * D
+        by_row, by_column = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
+        for start in range(0, D, WIDTH):
+            by_row += _vector(x_sum_ptr + D, x_parts, D, start, WIDTH) * _vector(y_sum_ptr, y_parts, D, start, WIDTH)
+            by_column += _vector(x_sum_ptr, x_parts, D, start, WIDTH) * _vector(y_sum_ptr + D, y_parts, D, start, WIDTH)
+        factor = tl.load(smoothing_ptr + pair) * tl.load(scale_ptr + pair)
+        image -= factor * (tl.sum(by_row, 0) / M)
+        text -= factor * (tl.sum(by_column, 0) / N)
     out_ptr += 4 * pair
     tl.store(out_ptr, image / positives)
     tl.store(out_ptr + 1, text / positives)
-    tl.store(out_ptr + 2, 100.0 * _sum(image_ptr + 1, row_blocks, 2, BLOCK) / positives)
-    tl.store(out_ptr + 3, 100.0 * _sum(text_ptr + 1, column_blocks, 2, BLOCK) / positives)
+    tl.store(out_ptr + 2, 100.0 * _total(image_ptr + 1, row_blocks, 2, BLOCK) / positives)
+    tl.store(out_ptr + 3, 100.0 * _total(text_ptr + 1, column_blocks, 2, BLOCK) / positives)
 
 
-# --- kernels: gradient --------------------------------------------------------------------------------------------------
+# --- kernels: gradient ------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -439,7 +536,7 @@ def _unit_kernel(
     WEIGHTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """A power of two that brings scale * G to at most 2^(1 + HEADROOM): weights may be as small or large as they like."""
+    """A power of two that brings scale * G to at most 2^(1 + HEADROOM), however small or large the weights are."""
     exponent = _exponent(_largest(scale_ptr, 1, pairs, 1, 1, 1, 1, BLOCK)) - HEADROOM
     if WEIGHTS:
         image = _largest(weight_image_ptr, text_views, pairs, N, ia, ib, i_n, BLOCK)
@@ -452,22 +549,10 @@ def _unit_kernel(
 
 @triton.jit
 def _softmax_gradient(
-    logits: t.Any,
-    lse_row: t.Any,
-    lse_column: t.Any,
-    weight_row: t.Any,
-    weight_column: t.Any,
-    row_ok: t.Any,
-    column_ok: t.Any,
+    logits: t.Any, lse_row: t.Any, lse_column: t.Any, weight_row: t.Any, weight_column: t.Any, least: t.Any, near: t.Any
 ) -> Any:
-    """``w_i exp(S_ij - r_i) + w_j exp(S_ij - c_j)``; one exponential an entry where all r and c are near each other."""
-    least = tl.minimum(
-        tl.min(tl.where(row_ok, lse_row, float("inf")), 0), tl.min(tl.where(column_ok, lse_column, float("inf")), 0)
-    )
-    most = tl.maximum(
-        tl.max(tl.where(row_ok, lse_row, -float("inf")), 0), tl.max(tl.where(column_ok, lse_column, -float("inf")), 0)
-    )
-    if most - least <= BACKWARD_SPREAD:
+    """``w_i exp(S_ij - r_i) + w_j exp(S_ij - c_j)``; one exponential an entry if all r and c are near ``least``."""
+    if near:
         by_row = weight_row * tl.exp2((least - lse_row) * LOG2E)
         by_column = weight_column * tl.exp2((least - lse_column) * LOG2E)
         gradient = tl.exp2((logits - least) * LOG2E) * (by_row[:, None] + by_column[None, :])
@@ -526,6 +611,8 @@ def _gradient_kernel(
     first_column: t.Any,
     chunk_columns: t.Any,
     chunk_stride: t.Any,
+    view_stride: t.Any,  # from one text view's columns to the next one's
+    store_columns: t.Any,  # a view's that may be written: zeros follow its own
     pairs: t.Any,
     slots: t.Any,
     first_slot: t.Any,
@@ -537,142 +624,211 @@ def _gradient_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
+    SLABS: tl.constexpr,
     GROUP: tl.constexpr,
 ) -> None:
-    """One tile of the chunk, and its sums: of G * S / scale; if SIGMOID, of the loss, of G and of G * S / scale.
+    """One tile of the chunk, and its sums: of G * S / scale; if SIGMOID, also of G and of the loss.
 
     The chunk holds ``unit * scale * G``, with NORMALIZE also times both inverse norms.
     """
+    SLAB: tl.constexpr = COLUMNS // SLABS
     row_blocks, column_blocks = tl.cdiv(chunk_rows, ROWS), tl.cdiv(chunk_columns, COLUMNS)
     row_tile, column_tile = _grouped(tl.program_id(0), views * row_blocks, chunk_text_views * column_blocks, GROUP)
     image, text = first_view + row_tile // row_blocks, first_text_view + column_tile // column_blocks
     block_row, block_column = row_tile % row_blocks, column_tile % column_blocks
     pair = image * text_views + text
-    chunk_row, chunk_column = block_row * ROWS + tl.arange(0, ROWS), block_column * COLUMNS + tl.arange(0, COLUMNS)
-    row_ok, column_ok = chunk_row < chunk_rows, chunk_column < chunk_columns
-    rows, columns = first_row + chunk_row, first_column + chunk_column
     start_row, start_column = first_row + block_row * ROWS, first_column + block_column * COLUMNS
+    rows = start_row + tl.arange(0, ROWS)
+    row_ok = rows < first_row + chunk_rows
 
-    cosines = _products(
+    products = _products(
         x_ptr + image.to(tl.int64) * N * D, y_ptr + text.to(tl.int64) * M * D, start_row, start_column,
         first_row + chunk_rows, first_column + chunk_columns, D, ROWS, COLUMNS, WIDTH,
     )  # fmt: skip
-    if NORMALIZE:
-        inverse_x = tl.load(inverse_x_ptr + image * N + rows, mask=row_ok, other=0.0)
-        inverse_y = tl.load(inverse_y_ptr + text * M + columns, mask=column_ok, other=0.0)
-        cosines *= inverse_x[:, None]
-        cosines *= inverse_y[None, :]
     scale = tl.load(scale_ptr + pair)
     unit = tl.load(unit_ptr)
-    below = start_column + COLUMNS - 1 < start_row + row_offset
-    above = start_column > start_row + ROWS - 1 + row_offset
-    crossing = (below | above) == 0
-    inside = row_ok[:, None] & column_ok[None, :]
-    at = part_ptr + pair.to(tl.int64) * slots + first_slot + block_row * column_blocks + block_column
-
+    inverse_x = tl.full((ROWS,), 1.0, tl.float32)
+    if NORMALIZE:
+        inverse_x = tl.load(inverse_x_ptr + image * N + rows, mask=row_ok, other=0.0)
+        inverse_y_ptr += text * M
     if SIGMOID:
-        # Of an entry with sign z, everything is a function of q = -z (S + b): loss softplus(q), gradient -z sigmoid(q).
-        logits = cosines * scale + tl.load(bias_ptr)
-        if crossing:
-            positive = (columns[None, :] - row_offset) == rows[:, None]
-            logits = tl.where(positive, -logits, logits)
-        exponentials = tl.exp2(-tl.abs(logits) * LOG2E)
-        loss = tl.maximum(logits, 0.0) + _log1p(exponentials)
-        gradient = tl.where(logits >= 0.0, 1.0, exponentials) / (1.0 + exponentials)
-        if crossing:
-            positive = (columns[None, :] - row_offset) == rows[:, None]
-            gradient = tl.where(positive, -gradient, gradient)
-        gradient = tl.where(inside, gradient, 0.0)
-        stride = pairs.to(tl.int64) * slots
-        tl.store(at, tl.sum(tl.sum(tl.where(inside, loss, 0.0), 1), 0))
-        tl.store(at + stride, tl.sum(tl.sum(gradient, 1), 0))
-        at += 2 * stride
-        factor = scale * unit
+        bias = tl.load(bias_ptr)
+        to_chunk = inverse_x * (scale * unit)
     else:
         lse_row = tl.load(lse_image_ptr + pair.to(tl.int64) * N + rows, mask=row_ok, other=0.0)
-        lse_column = tl.load(lse_text_ptr + pair.to(tl.int64) * M + columns, mask=column_ok, other=0.0)
+        least_row = tl.min(tl.where(row_ok, lse_row, float("inf")), 0)
+        most_row = tl.max(tl.where(row_ok, lse_row, -float("inf")), 0)
+        lse_text_ptr += pair.to(tl.int64) * M
         weight_image_ptr += image.to(tl.int64) * ia + text.to(tl.int64) * ib
         weight_text_ptr += image.to(tl.int64) * ta + text.to(tl.int64) * tb
         weight_row = unit * tl.load(weight_image_ptr + rows.to(tl.int64) * i_n, mask=row_ok, other=0.0)
-        weight_column = unit * tl.load(weight_text_ptr + columns.to(tl.int64) * tm, mask=column_ok, other=0.0)
-        gradient = _softmax_gradient(cosines * scale, lse_row, lse_column, weight_row, weight_column, row_ok, column_ok)
-        target = 1.0
+        smoothing = 0.0
         if SMOOTH:
             smoothing = tl.load(smoothing_ptr + pair)
-            gradient -= (weight_row * (smoothing / M))[:, None] + (weight_column * (smoothing / N))[None, :]
-            target = 1.0 - smoothing
-        if DIAGONAL:
-            if crossing:
-                positive = (columns[None, :] - row_offset) == rows[:, None]
-                both = target * (weight_row[:, None] + weight_column[None, :])
-                gradient = tl.where(positive, gradient - both, gradient)
-        gradient = tl.where(inside, gradient, 0.0)
-        factor = scale
-    tl.store(at, tl.sum(tl.sum(gradient * cosines, 1), 0))
-    if STORE:
+        to_chunk = inverse_x * scale
+    loss_sum, gradient_sum = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    scale_sum = tl.zeros((ROWS,), tl.float32)
+    chunk_ptr += ((row_tile // row_blocks) * chunk_rows + block_row * ROWS).to(tl.int64) * chunk_stride
+    chunk_ptr += (column_tile // column_blocks) * view_stride + block_column * COLUMNS
+
+    slabs = _slabs(products, ROWS, COLUMNS, SLABS)
+    for slab in tl.static_range(SLABS):
+        first = start_column + slab * SLAB
+        columns = first + tl.arange(0, SLAB)
+        column_ok = columns < first_column + chunk_columns
+        crossing = (first + SLAB - 1 >= start_row + row_offset) & (first <= start_row + ROWS - 1 + row_offset)
+        edge = (start_row + ROWS > first_row + chunk_rows) | (first + SLAB > first_column + chunk_columns)
+        cosines = slabs[slab]
         if NORMALIZE:
-            gradient *= (inverse_x * factor)[:, None]
-            gradient *= inverse_y[None, :]
+            inverse_y = tl.load(inverse_y_ptr + columns, mask=column_ok, other=0.0)
+            cosines *= inverse_x[:, None]
+            cosines *= inverse_y[None, :]
+        if SIGMOID:
+            # With q = -z (S + b), z the entry's sign, the loss is softplus(q) and its gradient -z sigmoid(q).
+            logits = cosines * scale + bias
+            if crossing:
+                logits = tl.where(columns[None, :] == (rows + row_offset)[:, None], -logits, logits)
+            exponentials = tl.exp2(-tl.abs(logits) * LOG2E)
+            gradient = tl.where(logits >= 0.0, 1.0, exponentials) / (1.0 + exponentials)
+            if crossing:
+                gradient = tl.where(columns[None, :] == (rows + row_offset)[:, None], -gradient, gradient)
+            loss = tl.maximum(logits, 0.0) + _log1p(exponentials)
+            if edge:
+                inside = row_ok[:, None] & column_ok[None, :]
+                gradient, loss = tl.where(inside, gradient, 0.0), tl.where(inside, loss, 0.0)
+            loss_sum += tl.sum(loss, 1)
+            gradient_sum += tl.sum(gradient, 1)
         else:
-            gradient *= factor
-        chunk_ptr += ((row_tile // row_blocks) * chunk_rows + block_row * ROWS).to(tl.int64) * chunk_stride
-        chunk_ptr += (column_tile // column_blocks) * chunk_columns + block_column * COLUMNS
-        ptrs = chunk_ptr + tl.arange(0, ROWS)[:, None] * chunk_stride + tl.arange(0, COLUMNS)[None, :]
-        tl.store(ptrs, gradient.to(chunk_ptr.dtype.element_ty), mask=inside)
+            lse_column = tl.load(lse_text_ptr + columns, mask=column_ok, other=0.0)
+            weight_column = unit * tl.load(weight_text_ptr + columns.to(tl.int64) * tm, mask=column_ok, other=0.0)
+            least = tl.minimum(least_row, tl.min(tl.where(column_ok, lse_column, float("inf")), 0))
+            most = tl.maximum(most_row, tl.max(tl.where(column_ok, lse_column, -float("inf")), 0))
+            gradient = _softmax_gradient(
+                cosines * scale, lse_row, lse_column, weight_row, weight_column, least, most - least <= BACKWARD_SPREAD
+            )
+            if SMOOTH:
+                gradient -= (weight_row * (smoothing / M))[:, None] + (weight_column * (smoothing / N))[None, :]
+            if DIAGONAL and crossing:
+                target = (1.0 - smoothing) * (weight_row[:, None] + weight_column[None, :])
+                positive = columns[None, :] == (rows + row_offset)[:, None]
+                gradient = tl.where(positive, gradient - target, gradient)
+            if edge:
+                gradient = tl.where(row_ok[:, None] & column_ok[None, :], gradient, 0.0)
+        scale_sum += tl.sum(gradient * cosines, 1)
+        if STORE:
+            gradient *= to_chunk[:, None]
+            if NORMALIZE:
+                gradient *= inverse_y[None, :]
+            chunk_row, chunk_column = tl.arange(0, ROWS), slab * SLAB + tl.arange(0, SLAB)
+            ptrs = chunk_ptr + (chunk_row[:, None] * chunk_stride + chunk_column[None, :])
+            height, width = chunk_rows - block_row * ROWS, store_columns - block_column * COLUMNS
+            inside = (chunk_row < height)[:, None] & (chunk_column < width)[None, :]
+            tl.store(ptrs, gradient.to(chunk_ptr.dtype.element_ty), mask=inside)
+
+    at = part_ptr + pair.to(tl.int64) * slots + first_slot + block_row * column_blocks + block_column
+    stride = pairs.to(tl.int64) * slots
+    if SIGMOID:
+        tl.store(at + stride, tl.sum(gradient_sum, 0))
+        tl.store(at + 2 * stride, tl.sum(loss_sum, 0))
+    tl.store(at, tl.sum(scale_sum, 0))
 
 
-# --- kernels: rows ------------------------------------------------------------------------------------------------------
+# --- kernels: rows ----------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _unit_rows(
-    x_ptr: t.Any, inverse_ptr: t.Any, unit_ptr: t.Any, block: t.Any, count: t.Any, D: t.Any,
-    WRITE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+def _rows_side(
+    x_ptr: t.Any, inverse_ptr: t.Any, unit_ptr: t.Any, sum_ptr: t.Any, program: t.Any, parts: t.Any, count: t.Any,
+    D: t.Any, first_matched: t.Any, positives: t.Any,
+    NORMALIZE: tl.constexpr, WRITE: tl.constexpr, SUMS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ) -> None:  # fmt: skip
-    row, k = block * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    ok = row < count
-    at = row.to(tl.int64)[:, None] * D + k[None, :]
-    squares = tl.zeros((ROWS,), tl.float32)
-    for start in range(0, D, WIDTH):
-        inside = ok[:, None] & (k[None, :] < D - start)
-        x = tl.load(x_ptr + at + start, mask=inside, other=0.0).to(tl.float32)
-        squares += tl.sum(x * x, 1)
-    inverse = 1.0 / tl.maximum(tl.sqrt(squares), SMALLEST_NORM)
-    tl.store(inverse_ptr + row, inverse, mask=ok)
-    if WRITE:
-        for start in range(0, D, WIDTH):
-            inside = ok[:, None] & (k[None, :] < D - start)
-            x = tl.load(x_ptr + at + start, mask=inside, other=0.0).to(tl.float32)
-            tl.store(unit_ptr + at + start, (x * inverse[:, None]).to(unit_ptr.dtype.element_ty), mask=inside)
+    """CHUNK rows of one view: inverse norms; rows of unit length; sums over all of them and over the matched ones."""
+    view, part = program // parts, program % parts
+    row, k = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    at = row[:, None] * D + k[None, :]
+    start = (view.to(tl.int64) * count + part * CHUNK) * D
+    x_ptr += start
+    unit_ptr += start
+    inverse_ptr += view * count + part * CHUNK
+    rows_here = tl.minimum(count - part * CHUNK, CHUNK)
+    if NORMALIZE:
+        for first in range(0, rows_here, ROWS):
+            squares = tl.zeros((ROWS,), tl.float32)
+            for column in range(0, D, WIDTH):
+                inside = (first + row < rows_here)[:, None] & (column + k < D)[None, :]
+                x = tl.load(x_ptr + first * D + column + at, mask=inside, other=0.0).to(tl.float32)
+                squares += tl.sum(x * x, 1)
+            inverse = 1.0 / tl.maximum(tl.sqrt(squares), SMALLEST_NORM)
+            tl.store(inverse_ptr + first + row, inverse, mask=first + row < rows_here)
+        tl.debug_barrier()  # inverse norms are read again below
+    if WRITE or SUMS:
+        for column in range(0, D, WIDTH):
+            total, matched_total = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
+            for first in range(0, rows_here, ROWS):
+                ok = first + row < rows_here
+                inside = ok[:, None] & (column + k < D)[None, :]
+                x = tl.load(x_ptr + first * D + column + at, mask=inside, other=0.0).to(tl.float32)
+                if NORMALIZE:
+                    x *= tl.load(inverse_ptr + first + row, mask=ok, other=0.0)[:, None]
+                if WRITE:
+                    x = x.to(unit_ptr.dtype.element_ty)
+                    tl.store(unit_ptr + first * D + column + at, x, mask=inside)
+                    x = x.to(tl.float32)
+                if SUMS:
+                    index = part * CHUNK + first + row
+                    matched = (index >= first_matched) & (index < first_matched + positives)
+                    total += tl.sum(x, 0)
+                    matched_total += tl.sum(tl.where(matched[:, None], x, 0.0), 0)
+            if SUMS:
+                ptrs = sum_ptr + program.to(tl.int64) * 2 * D + column + k
+                tl.store(ptrs, total, mask=column + k < D)
+                tl.store(ptrs + D, matched_total, mask=column + k < D)
 
 
-@triton.jit(do_not_specialize=["x_rows", "y_rows"])
-def _norms_kernel(
-    x_ptr: t.Any,  # (x_rows, D)
-    y_ptr: t.Any,  # (y_rows, D)
-    inverse_x_ptr: t.Any,  # (x_rows)
-    inverse_y_ptr: t.Any,  # (y_rows)
-    unit_x_ptr: t.Any,  # (x_rows, D), written if WRITE
-    unit_y_ptr: t.Any,  # (y_rows, D)
-    x_rows: t.Any,
-    y_rows: t.Any,
+@triton.jit(do_not_specialize=["views", "text_views", "N", "M", "first_row", "first_column", "positives"])
+def _rows_kernel(
+    x_ptr: t.Any,  # (A, N, D)
+    y_ptr: t.Any,  # (B, M, D)
+    inverse_x_ptr: t.Any,  # (A, N), written if NORMALIZE
+    inverse_y_ptr: t.Any,  # (B, M)
+    unit_x_ptr: t.Any,  # (A, N, D), written if WRITE
+    unit_y_ptr: t.Any,  # (B, M, D)
+    x_sum_ptr: t.Any,  # (A, parts, 2, D), written if SUMS: sums of all rows and of those with a positive
+    y_sum_ptr: t.Any,  # (B, parts, 2, D)
+    views: t.Any,
+    N: t.Any,
+    M: t.Any,
     D: t.Any,
+    first_row: t.Any,  # that has a positive
+    first_column: t.Any,
+    positives: t.Any,
+    NORMALIZE: tl.constexpr,
     WRITE: tl.constexpr,
+    SUMS: tl.constexpr,
+    CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> None:
-    """Inverse norms of all rows of both sides, and the rows of unit length."""
-    block, x_blocks = tl.program_id(0), tl.cdiv(x_rows, ROWS)
-    if block < x_blocks:
-        _unit_rows(x_ptr, inverse_x_ptr, unit_x_ptr, block, x_rows, D, WRITE, ROWS, WIDTH)
+    """What both operations need to know of the rows of both sides."""
+    program = tl.program_id(0)
+    x_parts, y_parts = tl.cdiv(N, CHUNK), tl.cdiv(M, CHUNK)
+    if program < views * x_parts:
+        _rows_side(
+            x_ptr, inverse_x_ptr, unit_x_ptr, x_sum_ptr, program, x_parts, N, D, first_row, positives,
+            NORMALIZE, WRITE, SUMS, CHUNK, ROWS, WIDTH,
+        )  # fmt: skip
     else:
-        _unit_rows(y_ptr, inverse_y_ptr, unit_y_ptr, block - x_blocks, y_rows, D, WRITE, ROWS, WIDTH)
+        _rows_side(
+            y_ptr, inverse_y_ptr, unit_y_ptr, y_sum_ptr, program - views * x_parts, y_parts, M, D, first_column,
+            positives, NORMALIZE, WRITE, SUMS, CHUNK, ROWS, WIDTH,
+        )  # fmt: skip
 
 
 @triton.jit
 def _finish_rows(
-    sum_ptr: t.Any, x_ptr: t.Any, inverse_ptr: t.Any, out_ptr: t.Any, factor: t.Any, block: t.Any, count: t.Any, D: t.Any,
-    NORMALIZE: tl.constexpr, FOLDED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    sum_ptr: t.Any, x_ptr: t.Any, inverse_ptr: t.Any, out_ptr: t.Any, factor: t.Any, block: t.Any, count: t.Any,
+    D: t.Any, NORMALIZE: tl.constexpr, FOLDED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ) -> None:  # fmt: skip
     row, k = block * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
     ok = row < count
@@ -705,7 +861,7 @@ def _finish_rows(
 
 @triton.jit(do_not_specialize=["factor", "x_rows", "y_rows"])
 def _finish_kernel(
-    x_sum_ptr: t.Any,  # (x_rows, D), float32: unit * gradient to the rows of unit length, if FOLDED times their inverse norm
+    x_sum_ptr: t.Any,  # (x_rows, D), float32: unit * gradient to the unit rows, if FOLDED times their inverse norms
     y_sum_ptr: t.Any,  # (y_rows, D)
     x_ptr: t.Any,  # (x_rows, D), read if NORMALIZE: the rows as given
     y_ptr: t.Any,  # (y_rows, D)
@@ -747,61 +903,89 @@ def _sums_kernel(
 ) -> None:
     """``factor`` times the sum of each row of partial sums, the unit taken out if UNIT."""
     row = tl.program_id(0)
-    total = factor * _sum(part_ptr + row.to(tl.int64) * slots, slots, 1, BLOCK)
+    total = factor * _total(part_ptr + row.to(tl.int64) * slots, slots, 1, BLOCK)
     if UNIT:
         total *= tl.load(unit_ptr + 1)
     tl.store(out_ptr + row, total)
 
 
-# --- configurations -----------------------------------------------------------------------------------------------------
+# --- configurations ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Config:
-    """How one kernel is built: the tile of S, the part of D a step takes, warps and pipeline stages of a program."""
+    """How one kernel is built: the tile of S, the part of D a step takes, the slabs its entries are looked at in, warps
+    and pipeline stages of a program."""
 
     rows: int
     columns: int
     width: int
+    slabs: int
     warps: int
     stages: int
+
+    @property
+    def tile(self) -> tuple[int, int, int, int]:
+        return self.rows, self.columns, self.width, self.slabs
+
+    @property
+    def built(self) -> dict[str, int]:
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
 @dataclass(frozen=True)
 class Configs:
-    """One problem's configurations: of ``_forward_kernel`` and of ``_gradient_kernel``."""
+    """One problem's configurations, one a kernel; ``forward`` and ``diagonal`` make the same products."""
 
     forward: Config
+    diagonal: Config
     gradient: Config
+    sigmoid: Config  # the gradient's kernel for the sigmoid loss
 
 
 Size = Literal["small", "large"]
 
+_FP32: dict[Size, Configs] = {
+    "large": Configs(*[Config(64, 64, 16, slabs=2, warps=8, stages=3)] * 4),
+    "small": Configs(*[Config(32, 32, 32, slabs=1, warps=8, stages=3)] * 4),
+}
+_SMALL = Config(64, 64, 64, slabs=2, warps=4, stages=3)
+
 # By architecture (compute capability; 0 is every other device), bytes of an input number and size class: "large" where
-# large tiles give every multiprocessor work. Pinned: no tuning at run time. compile_check.py reports each one's registers
-# and shared memory; none spills. Tiles are as large as leaves room for two programs on a multiprocessor.
+# large tiles give every multiprocessor work. Pinned: nothing is tuned at run time. compile_check.py reports registers
+# and shared memory of each; none uses the stack. On sm_90, at 4 warps and at most 255 registers a thread, two programs
+# share a multiprocessor in forward and backward.
 CONFIGS: dict[tuple[int, int, Size], Configs] = {
-    (80, 2, "large"): Configs(Config(128, 128, 32, 8, 3), Config(128, 128, 32, 8, 3)),
-    (80, 2, "small"): Configs(Config(64, 64, 64, 4, 3), Config(64, 64, 64, 4, 3)),
-    (80, 4, "large"): Configs(Config(64, 64, 16, 8, 3), Config(64, 64, 16, 8, 3)),
-    (80, 4, "small"): Configs(Config(32, 32, 32, 4, 3), Config(32, 32, 32, 4, 3)),
-    (90, 2, "large"): Configs(Config(128, 128, 64, 4, 3), Config(128, 128, 64, 4, 3)),
-    (90, 2, "small"): Configs(Config(64, 64, 64, 4, 3), Config(64, 64, 64, 4, 3)),
-    (90, 4, "large"): Configs(Config(64, 64, 16, 8, 3), Config(64, 64, 16, 8, 3)),
-    (90, 4, "small"): Configs(Config(32, 32, 32, 4, 3), Config(32, 32, 32, 4, 3)),
-    (100, 2, "large"): Configs(Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 3)),
-    (100, 2, "small"): Configs(Config(64, 64, 64, 4, 3), Config(64, 64, 64, 4, 3)),
-    (100, 4, "large"): Configs(Config(64, 64, 16, 8, 3), Config(64, 64, 16, 8, 3)),
-    (100, 4, "small"): Configs(Config(32, 32, 32, 4, 3), Config(32, 32, 32, 4, 3)),
-    (0, 2, "large"): Configs(Config(64, 64, 32, 4, 2), Config(64, 64, 32, 4, 2)),
-    (0, 2, "small"): Configs(Config(32, 32, 32, 4, 2), Config(32, 32, 32, 4, 2)),
-    (0, 4, "large"): Configs(Config(64, 64, 16, 8, 2), Config(64, 64, 16, 8, 2)),
-    (0, 4, "small"): Configs(Config(32, 32, 32, 4, 2), Config(32, 32, 32, 4, 2)),
+    (80, 2, "large"): Configs(
+        forward=Config(128, 128, 32, slabs=4, warps=8, stages=3),
+        diagonal=Config(128, 128, 32, slabs=4, warps=8, stages=3),
+        gradient=Config(128, 128, 32, slabs=4, warps=4, stages=3),
+        sigmoid=Config(128, 128, 32, slabs=8, warps=8, stages=3),
+    ),
+    (90, 2, "large"): Configs(
+        forward=Config(128, 128, 32, slabs=4, warps=4, stages=5),
+        diagonal=Config(128, 128, 32, slabs=8, warps=8, stages=5),
+        gradient=Config(128, 128, 64, slabs=4, warps=4, stages=3),
+        sigmoid=Config(128, 128, 64, slabs=8, warps=8, stages=3),
+    ),
+    (100, 2, "large"): Configs(
+        forward=Config(128, 128, 64, slabs=2, warps=8, stages=3),
+        diagonal=Config(128, 128, 64, slabs=4, warps=8, stages=3),
+        gradient=Config(128, 128, 64, slabs=4, warps=8, stages=3),
+        sigmoid=Config(128, 128, 64, slabs=4, warps=8, stages=3),
+    ),
+    (0, 2, "large"): Configs(*[Config(64, 64, 32, slabs=2, warps=4, stages=2)] * 4),
+    (80, 2, "small"): Configs(_SMALL, _SMALL, _SMALL, _SMALL),
+    (90, 2, "small"): Configs(_SMALL, _SMALL, _SMALL, _SMALL),
+    (100, 2, "small"): Configs(Config(64, 64, 64, slabs=4, warps=4, stages=3), _SMALL, _SMALL, _SMALL),
+    (0, 2, "small"): Configs(*[Config(32, 32, 32, slabs=1, warps=4, stages=2)] * 4),
+    **{(arch, 4, size): configs for arch in (0, 80, 90, 100) for size, configs in _FP32.items()},
 }
 LARGE_FROM = 128  # tiles of the "large" configuration; about one for each multiprocessor
 
 GROUP = 8  # rows of tiles walked together
 PROGRAMS = 1024  # of the forward kernel, at least, where there are as many tiles: some waves of a large device
+CHUNK = 128  # rows of one program of _rows_kernel
 ROW_BLOCK, ROW_WIDTH, ROW_WARPS = 8, 256, 4  # kernels that go along rows
 VECTOR_BLOCK, VECTOR_WARPS = 256, 4  # _join_kernel
 SUM_BLOCK, SUM_WARPS = 4096, 8  # kernels of a single program, or one a pair
@@ -828,7 +1012,7 @@ def _configs(problem: _Problem) -> Configs:
     return large if tiles >= LARGE_FROM else CONFIGS[arch, size, "small"]
 
 
-# --- launchers ----------------------------------------------------------------------------------------------------------
+# --- launchers --------------------------------------------------------------------------------------------------------
 
 
 def _ceil(size: int, block: int) -> int:
@@ -847,38 +1031,53 @@ def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 class _Problem:
     """Both sides as the kernels read them.
 
-    ``x``, ``y`` are (A, N, D) and (B, M, D), contiguous. Rows still to be normalised come with their inverse norms, which
-    the kernels take in (``folded``). float16 cannot hold products with two inverse norms: there ``x``, ``y`` are copies of
-    unit length.
+    ``x``, ``y`` are (A, N, D) and (B, M, D), contiguous. Rows still to be normalised come with their inverse norms,
+    which the kernels take in (``folded``). float16 cannot hold products with two inverse norms: there ``x``, ``y`` are
+    copies of unit length. ``sums``: also make the sums of rows that label smoothing needs.
     """
 
-    def __init__(self, image_AND: Tensor, text_BMD: Tensor, scale_AB: Tensor, normalize: bool) -> None:
+    def __init__(
+        self,
+        image_AND: Tensor,
+        text_BMD: Tensor,
+        scale_AB: Tensor,
+        row_offset: int,
+        normalize: bool,
+        sums: bool = False,
+    ) -> None:
         self.raw_x, self.raw_y = image_AND.detach().contiguous(), text_BMD.detach().contiguous()
         self.scale = scale_AB.detach().float().contiguous()
         (self.A, self.N, self.D), (self.B, self.M, _) = self.raw_x.shape, self.raw_y.shape
         self.pairs = self.A * self.B
+        self.row_offset = row_offset
+        self.positives = min(self.N - max(0, -row_offset), self.M - max(0, row_offset))
         self.normalize = normalize
         self.x, self.y, self.inverse_x, self.inverse_y = self.raw_x, self.raw_y, self.scale, self.scale
-        if normalize:
-            self._take_norms()
+        self.x_sums, self.y_sums = self.scale, self.scale
+        if normalize or sums:
+            self._launch_rows(sums)
         self.folded = normalize and self.x is self.raw_x
 
-    def _take_norms(self) -> None:
-        self.inverse_x = self.scale.new_empty(self.A * self.N)
-        self.inverse_y = self.scale.new_empty(self.B * self.M)
-        copies = self.x.dtype == torch.float16
+    def _launch_rows(self, sums: bool) -> None:
+        x_parts, y_parts = _ceil(self.N, CHUNK), _ceil(self.M, CHUNK)
+        if self.normalize:
+            self.inverse_x = self.scale.new_empty(self.A * self.N)
+            self.inverse_y = self.scale.new_empty(self.B * self.M)
+        copies = self.normalize and self.x.dtype == torch.float16
         if copies:
             self.x, self.y = torch.empty_like(self.raw_x), torch.empty_like(self.raw_y)
-        blocks = _ceil(self.A * self.N, ROW_BLOCK) + _ceil(self.B * self.M, ROW_BLOCK)
+        if sums:
+            self.x_sums = self.scale.new_empty(self.A, x_parts, 2, self.D)
+            self.y_sums = self.scale.new_empty(self.B, y_parts, 2, self.D)
         _launch(
-            _norms_kernel, (blocks,), self.raw_x, self.raw_y, self.inverse_x, self.inverse_y, self.x, self.y,
-            self.A * self.N, self.B * self.M, self.D, copies, ROW_BLOCK, ROW_WIDTH, num_warps=ROW_WARPS,
+            _rows_kernel, (self.A * x_parts + self.B * y_parts,), self.raw_x, self.raw_y, self.inverse_x,
+            self.inverse_y, self.x, self.y, self.x_sums, self.y_sums, self.A, self.N, self.M, self.D,
+            max(0, -self.row_offset), max(0, self.row_offset), self.positives, self.normalize, copies, sums,
+            CHUNK, ROW_BLOCK, ROW_WIDTH, num_warps=ROW_WARPS,
         )  # fmt: skip
 
-    def smoothing(self, values: Sequence[float], diagonal: bool) -> Tensor | None:
-        """(A * B) on the device, filled there: nothing is copied from the host; None where there is none."""
-        if not diagonal or not any(values):
-            return None
+    def smoothing(self, values: Sequence[float]) -> Tensor:
+        """(A * B) on the device, filled there: nothing is copied from the host."""
         if len(set(values)) == 1:
             return self.scale.new_full((self.pairs,), values[0])
         smoothing = self.scale.new_empty(self.pairs)
@@ -888,18 +1087,21 @@ class _Problem:
 
 
 def _super_tile(problem: _Problem, config: Config, workspace: int) -> tuple[int, int]:
-    """Height and width of a super-tile, in tiles: about ``PROGRAMS`` of them, and partial statistics in ``workspace``."""
+    """Height and width of a super-tile, in tiles: about ``PROGRAMS`` of them, their statistics in ``workspace``."""
     row_blocks, column_blocks = _ceil(problem.N, config.rows), _ceil(problem.M, config.columns)
-    side = max(1, math.isqrt(row_blocks * column_blocks * problem.pairs // PROGRAMS))
-    rows, columns = min(side, row_blocks), min(side, column_blocks)
-
-    def partial_bytes() -> int:
-        parts = problem.N * _ceil(column_blocks, columns) + problem.M * 2 * _ceil(row_blocks, rows)
-        return 16 * problem.pairs * parts
-
-    while partial_bytes() > workspace and (rows < row_blocks or columns < column_blocks):
-        rows, columns = min(2 * rows, row_blocks), min(2 * columns, column_blocks)
-    return rows, columns
+    # Twice as high as wide: a column has two parts a program, a row one.
+    columns = max(1, math.isqrt(row_blocks * column_blocks * problem.pairs // (2 * PROGRAMS)))
+    rows, columns = min(2 * columns, row_blocks), min(columns, column_blocks)
+    while True:
+        row_numbers = problem.N * _ceil(column_blocks, columns)
+        column_numbers = 2 * problem.M * _ceil(row_blocks, rows)
+        fits = 12 * problem.pairs * (row_numbers + column_numbers) <= workspace
+        if fits or (rows == row_blocks and columns == column_blocks):
+            return rows, columns
+        if columns < column_blocks and (row_numbers >= column_numbers or rows == row_blocks):
+            columns = min(columns + 1 + columns // 8, column_blocks)
+        else:
+            rows = min(rows + 1 + rows // 8, row_blocks)
 
 
 def contrastive_forward(
@@ -913,7 +1115,7 @@ def contrastive_forward(
     normalize: bool,
     workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sum-exps of rows and columns of every pair of views, and losses and accuracies; at most 5 launches.
+    """Log-sum-exps of rows and columns of every pair of views, and losses and accuracies; at most 6 launches.
 
     Args:
         image_AND, text_BMD: of one dtype, float32, bfloat16 or float16; any strides.
@@ -922,70 +1124,77 @@ def contrastive_forward(
         row_offset: row i's positive is column ``i + row_offset``.
         diagonal: whether there are positives; without, no smoothing either, and terms are zero.
         normalize: scale every row to unit length first, as ``torch.nn.functional.normalize`` does.
-        workspace: bytes that partial statistics may take (they never take less than 12 a row and column and pair).
+        workspace: bytes that partial statistics may take (12 a row, 24 a column and pair they always take).
 
     Returns:
-        (A, B, N), (A, B, M) and (A, B, 4), float32; the last holds loss_image, loss_text (means over the rows, or columns,
-        with a positive) and the accuracies in percent; of equal logits the first is the pick.
+        (A, B, N), (A, B, M) and (A, B, 4), float32; the last holds loss_image, loss_text (means over the rows, or
+        columns, with a positive) and the accuracies in percent; of equal logits the first is the pick.
     """
+    smooth = diagonal and any(smoothing)
     with _on(image_AND):
-        problem = _Problem(image_AND, text_BMD, scale_AB, normalize)
-        per_pair = problem.smoothing(smoothing, diagonal)
-        row_part, column_part, positive, total = _launch_forward(problem, per_pair, row_offset, diagonal, workspace)
-        return _launch_join(problem, row_part, column_part, positive, total, per_pair, row_offset, diagonal)
+        problem = _Problem(image_AND, text_BMD, scale_AB, row_offset, normalize, sums=smooth)
+        per_pair = problem.smoothing(smoothing) if smooth else problem.scale
+        statistics = _Statistics(problem, diagonal, workspace)
+        statistics.launch()
+        return statistics.join(per_pair, smooth)
 
 
-def _launch_forward(
-    problem: _Problem, per_pair: Tensor | None, row_offset: int, diagonal: bool, workspace: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Partial statistics of rows and columns, positives, and the sums of all logits that label smoothing needs."""
-    config, pairs = _configs(problem).forward, problem.pairs
-    rows, columns = _super_tile(problem, config, workspace)
-    high, wide = _ceil(_ceil(problem.N, config.rows), rows), _ceil(_ceil(problem.M, config.columns), columns)
-    statistics = 4 if diagonal else 2
-    row_part = problem.scale.new_empty(statistics, pairs, wide, problem.N)
-    column_part = problem.scale.new_empty(statistics, pairs, 2 * high, problem.M)
-    positive = problem.scale.new_empty(pairs, problem.N if diagonal else 0)
-    total = problem.scale.new_empty(2, pairs, high * wide if per_pair is not None else 0)
-    _launch(
-        _forward_kernel, (high * wide, pairs), problem.x, problem.y, problem.inverse_x, problem.inverse_y,
-        problem.scale, row_part, column_part, positive, total, problem.N, problem.M, problem.D, problem.B,
-        row_offset, rows, columns, problem.folded, diagonal, per_pair is not None,
-        config.rows, config.columns, config.width, GROUP, num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
-    return row_part, column_part, positive, total
+class _Statistics:
+    """Partial statistics of rows and columns (``row_part``, ``column_part``) and what the diagonal's tiles tell."""
 
+    def __init__(self, problem: _Problem, diagonal: bool, workspace: int) -> None:
+        self.problem, self.diagonal, self.config = problem, diagonal, _configs(problem).forward
+        assert self.config.rows == self.config.columns, "the diagonal crosses a row of tiles in two of them at most"
+        self.super_tile = _super_tile(problem, self.config, workspace)
+        tile, pairs, new = self.config.rows, problem.pairs, problem.scale.new_empty
+        self.high = _ceil(_ceil(problem.N, tile), self.super_tile[0])
+        self.wide = _ceil(_ceil(problem.M, tile), self.super_tile[1])
+        self.row_part = new(3 if diagonal else 2, pairs, self.wide, problem.N)
+        self.column_part = new(3 if diagonal else 2, pairs, 2 * self.high, problem.M)
+        self.first_tile, remainder = divmod(problem.row_offset, tile)
+        self.crossings = 2 if remainder else 1
+        self.positive = new(pairs, problem.N if diagonal else 0)
+        self.row_rival = new(pairs, self.crossings, problem.N if diagonal else 0)
+        self.column_rival = new(pairs, self.crossings, problem.M if diagonal else 0)
 
-def _launch_join(
-    problem: _Problem,
-    row_part: Tensor,
-    column_part: Tensor,
-    positive: Tensor,
-    total: Tensor,
-    per_pair: Tensor | None,
-    row_offset: int,
-    diagonal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    A, B, N, M, pairs = problem.A, problem.B, problem.N, problem.M, problem.pairs
-    lse_image, lse_text = problem.scale.new_empty(A, B, N), problem.scale.new_empty(A, B, M)
-    row_blocks, column_blocks = _ceil(N, VECTOR_BLOCK), _ceil(M, VECTOR_BLOCK)
-    term = problem.scale.new_empty(pairs, row_blocks + column_blocks, 2)
-    smooth = per_pair is not None
-    per_pair = problem.scale if per_pair is None else per_pair
-    _launch(
-        _join_kernel, (row_blocks + column_blocks, pairs), row_part, column_part, positive, lse_image, lse_text,
-        term, per_pair, N, M, row_offset, row_part.shape[2], column_part.shape[2], diagonal, smooth, VECTOR_BLOCK,
-        num_warps=VECTOR_WARPS,
-    )  # fmt: skip
-    if not diagonal:
-        return lse_image, lse_text, problem.scale.new_zeros(A, B, 4)
-    terms = problem.scale.new_empty(A, B, 4)
-    positives = min(N - max(0, -row_offset), M - max(0, row_offset))
-    _launch(
-        _terms_kernel, (pairs,), term, total, per_pair, terms, N, M, positives, row_blocks, column_blocks,
-        total.shape[2], smooth, VECTOR_BLOCK, num_warps=VECTOR_WARPS,
-    )  # fmt: skip
-    return lse_image, lse_text, terms
+    def launch(self) -> None:
+        problem, config = self.problem, self.config
+        inputs = problem.x, problem.y, problem.inverse_x, problem.inverse_y, problem.scale
+        sizes = problem.N, problem.M, problem.D, problem.B, problem.row_offset
+        _launch(
+            _forward_kernel, (self.high * self.wide, problem.pairs), *inputs, self.row_part, self.column_part, *sizes,
+            *self.super_tile, problem.folded, self.diagonal, *config.tile, GROUP, **config.built,
+        )  # fmt: skip
+        if self.diagonal:
+            config = _configs(problem).diagonal
+            grid = _ceil(problem.N, config.rows), self.crossings, problem.pairs
+            _launch(
+                _diagonal_kernel, grid, *inputs, self.positive, self.row_rival, self.column_rival, *sizes,
+                self.first_tile, problem.folded, *config.tile, **config.built,
+            )  # fmt: skip
+
+    def join(self, smoothing: Tensor, smooth: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-sum-exps and terms."""
+        problem = self.problem
+        A, B, N, M = problem.A, problem.B, problem.N, problem.M
+        lse_image, lse_text = problem.scale.new_empty(A, B, N), problem.scale.new_empty(A, B, M)
+        row_blocks, column_blocks = _ceil(N, VECTOR_BLOCK), _ceil(M, VECTOR_BLOCK)
+        term = problem.scale.new_empty(problem.pairs, row_blocks + column_blocks, 2)
+        _launch(
+            _join_kernel, (row_blocks + column_blocks, problem.pairs), self.row_part, self.column_part, self.positive,
+            self.row_rival, self.column_rival, lse_image, lse_text, term, smoothing, N, M, problem.row_offset,
+            self.wide, 2 * self.high, self.first_tile, self.crossings, self.diagonal, smooth, self.config.rows,
+            VECTOR_BLOCK, num_warps=VECTOR_WARPS,
+        )  # fmt: skip
+        if not self.diagonal:
+            return lse_image, lse_text, problem.scale.new_zeros(A, B, 4)
+        terms = problem.scale.new_empty(A, B, 4)
+        _launch(
+            _terms_kernel, (problem.pairs,), term, problem.x_sums, problem.y_sums, problem.scale, smoothing, terms,
+            N, M, problem.D, B, problem.positives, row_blocks, column_blocks, _ceil(N, CHUNK), _ceil(M, CHUNK), smooth,
+            ROW_WIDTH, VECTOR_BLOCK, num_warps=VECTOR_WARPS,
+        )  # fmt: skip
+        return lse_image, lse_text, terms
 
 
 @dataclass(frozen=True)
@@ -1005,12 +1214,17 @@ class _Chunk:
     def shape(self) -> tuple[int, int]:
         return self.views * self.rows, self.text_views * self.columns
 
+    @property
+    def store(self) -> tuple[int, int]:
+        """Where the next text view's columns start, and how many may be written; multiples of 16 give wide stores."""
+        return (0, _padded(self.columns)) if self.text_views == 1 else (self.columns, self.columns)
+
 
 def _chunks(problem: _Problem, workspace: int) -> Iterator[_Chunk]:
     """All of G at once where it fits the workspace, else pair by pair, in nearly square pieces.
 
-    Square, because every piece reads and writes its part of both gradients; powers of two, because the library's products
-    have whole tiles then.
+    Square, because every piece reads and writes its part of both gradients; powers of two, because the library's
+    products have whole tiles then.
     """
     A, B, N, M = problem.A, problem.B, problem.N, problem.M
     entries = max(1, workspace // problem.x.element_size())
@@ -1053,7 +1267,6 @@ def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
 class _Weights:
     """What makes a problem's G: the log-sum-exps and weights of a softmax, or the bias of a sigmoid."""
 
-    row_offset: int
     diagonal: bool
     smoothing: Tensor | None = None
     lse: tuple[Tensor, Tensor] | None = None
@@ -1066,8 +1279,8 @@ class _Gradient:
 
     def __init__(self, problem: _Problem, weights: _Weights, need_image: bool, need_text: bool, workspace: int) -> None:
         self.problem, self.weights = problem, weights
-        self.config = _configs(problem).gradient
         self.sigmoid = weights.bias is not None
+        self.config = _configs(problem).sigmoid if self.sigmoid else _configs(problem).gradient
         self.d_x = problem.x.new_empty(problem.x.shape if need_image else 0, dtype=torch.float32)
         self.d_y = problem.x.new_empty(problem.y.shape if need_text else 0, dtype=torch.float32)
         self.store = need_image or need_text
@@ -1133,11 +1346,11 @@ class _Gradient:
             _gradient_kernel, (tiles,), problem.x, problem.y, problem.inverse_x, problem.inverse_y, problem.scale,
             nothing if weights.bias is None else weights.bias, lse_image, lse_text, image, text,
             nothing if weights.smoothing is None else weights.smoothing, self.unit, buffer, self.parts,
-            problem.N, problem.M, problem.D, problem.B, weights.row_offset, *self._strides(),
+            problem.N, problem.M, problem.D, problem.B, problem.row_offset, *self._strides(),
             chunk.first_view, chunk.views, chunk.first_row, chunk.rows, chunk.first_text_view, chunk.text_views,
-            chunk.first_column, chunk.columns, stride, problem.pairs, self.slots, slot,
+            chunk.first_column, chunk.columns, stride, *chunk.store, problem.pairs, self.slots, slot,
             problem.folded, weights.diagonal, weights.smoothing is not None, self.sigmoid, self.store,
-            config.rows, config.columns, config.width, GROUP, num_warps=config.warps, num_stages=config.stages,
+            *config.tile, GROUP, **config.built,
         )  # fmt: skip
 
     def finish(self, dtype: torch.dtype, factor: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -1189,19 +1402,18 @@ def contrastive_backward(
 
     Args: as ``contrastive_forward``'s, and
         lse_image_ABN, lse_text_ABM: its results.
-        weight_image_ABN, weight_text_ABM: float32, any strides: the gradient to each row's and column's log-sum-exp (with
-            ``diagonal``: to its cross-entropy).
+        weight_image_ABN, weight_text_ABM: float32, any strides: the gradient to each row's and column's log-sum-exp
+            (with ``diagonal``: to its cross-entropy).
         workspace: bytes that a chunk of G may take.
 
     Returns:
         (A, N, D) and (B, M, D) in the inputs' dtype, of shape (0,) where not needed, and (A, B) in float32.
     """
     with _on(image_AND):
-        problem = _Problem(image_AND, text_BMD, scale_AB, normalize)
+        problem = _Problem(image_AND, text_BMD, scale_AB, row_offset, normalize)
         weights = _Weights(
-            row_offset,
             diagonal,
-            smoothing=problem.smoothing(smoothing, diagonal),
+            smoothing=problem.smoothing(smoothing) if diagonal and any(smoothing) else None,
             lse=(lse_image_ABN.contiguous(), lse_text_ABM.contiguous()),
             weight=(weight_image_ABN, weight_text_ABM),
         )
@@ -1224,20 +1436,20 @@ def sigmoid_forward_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """SigLIP's loss, ``sum softplus(-z_ij (scale x_i . y_j + bias)) / N``, z = 1 at positives, else -1, with gradients.
 
-    One product for the value, three with gradients: they are formed in the same pass. At most 6 launches (3 without
-    gradients), and 3 for every chunk of G after the first. Arguments as ``contrastive_backward``'s; ``scale`` and ``bias``
-    hold one float32 number each.
+    One product for the value, three with gradients: they are formed in the same pass. At most 7 launches (4 without
+    gradients), and 3 for every chunk of G after the first. Arguments as ``contrastive_backward``'s; ``scale`` and
+    ``bias`` hold one float32 number each.
 
     Returns:
         Loss (), gradients (N, D) and (M, D) in float32 (of shape (0,) without ``need_grad``), of scale () and bias ().
     """
     with _on(image_ND):
-        problem = _Problem(image_ND[None], text_MD[None], scale.reshape(1, 1), normalize)
-        weights = _Weights(row_offset, diagonal=True, bias=bias.detach().float().reshape(1))
+        problem = _Problem(image_ND[None], text_MD[None], scale.reshape(1, 1), row_offset, normalize)
+        weights = _Weights(diagonal=True, bias=bias.detach().float().reshape(1))
         gradient = _Gradient(problem, weights, need_grad, need_grad, workspace)
         gradient.run()
         d_image, d_text = gradient.finish(torch.float32, 1 / problem.N)
-        loss, d_bias, d_scale = gradient.sums(1 / problem.N).view(3).unbind()
+        d_scale, d_bias, loss = gradient.sums(1 / problem.N).view(3).unbind()
         if need_grad:
             d_image, d_text = d_image[0], d_text[0]
         return loss, d_image, d_text, d_scale, d_bias

@@ -1,17 +1,20 @@
-"""Ranks, and the one collective the losses need: a differentiable all-gather.
+"""Ranks, and the collectives the losses need: a differentiable all-gather and a differentiable sum.
 
 Without a process group every function behaves as in a world of one.
 
-How DDP's averaging is accounted for: each of W ranks computes the loss L of the whole gathered batch. The backward of
-``gather`` adds up what all ranks send to a row, so a rank's embeddings receive ``W * dL/dembeddings``, and its
-parameters W times what its own samples contribute; the average over ranks that DistributedDataParallel then takes is
-the sum of all contributions, the gradient of one process on the concatenated batch. Parameters that act on the loss
-directly (the logit scales) get the full gradient on every rank, which averaging leaves as it is. So the loss is
-neither scaled nor averaged by hand anywhere, and local batches may differ in size.
+How DDP's averaging is accounted for: each of W ranks computes the loss L of all ranks' samples, the same number
+everywhere. Backward, the collectives give every rank ``W * dL/dx`` for its own x; its parameters thus receive W times
+what its own samples contribute, and the average over ranks that DistributedDataParallel then takes is the sum of all
+contributions, the gradient of one process on the concatenated batch. Parameters that act on numbers all ranks share
+(a logit scale on gathered embeddings) get the full gradient on every rank, which averaging leaves as it is; those that
+act before a collective (a logit scale on a rank's own rows) get W times a part, of which averaging makes the sum. So
+the loss is neither scaled nor averaged by hand anywhere, and local batches may differ in size.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,22 +41,14 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def gather(tensor: Tensor) -> Tensor:
-    """Concatenate the tensors of all ranks along the first dimension, in rank order, differentiably.
+def row_counts(tensor: Tensor) -> list[int]:
+    """How many rows every rank's tensor has, in rank order; one collective.
 
-    Every rank must call it, forward and backward. Shapes may differ in the first dimension only; dtypes must agree.
-    The gradient of a rank's tensor is the sum over ranks of their gradients to those rows (see above). In a world of
-    one the tensor itself is returned.
-
-    The row counts are exchanged first. To not make the host wait for the device for them, initialise the process group
-    with a CPU backend beside CUDA's (``backend="cpu:gloo,cuda:nccl"``).
+    To not make the host wait for the device for them, initialise the process group with a CPU backend beside CUDA's
+    (``backend="cpu:gloo,cuda:nccl"``).
     """
     if world_size() == 1:
-        return tensor
-    return _Gather.apply(tensor, _row_counts(tensor))
-
-
-def _row_counts(tensor: Tensor) -> list[int]:
+        return [tensor.shape[0]]
     has_cpu_backend = "cpu:" in dist.get_backend_config()
     count = torch.tensor([tensor.shape[0]], device="cpu" if has_cpu_backend else tensor.device)
     counts = [torch.empty_like(count) for _ in range(world_size())]
@@ -61,24 +56,152 @@ def _row_counts(tensor: Tensor) -> list[int]:
     return [int(n) for n in counts]
 
 
-def _padded(tensor: Tensor, rows: int) -> Tensor:
-    """Collectives move blocks of equal shape: fill up with zero rows."""
-    missing = rows - tensor.shape[0]
-    return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor.contiguous()
+_row_counts = row_counts  # the name rocket_fast/interop/open_clip.py still uses
+
+
+# --- all-gather -------------------------------------------------------------------------------------------------------
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """Concatenate the tensors of all ranks along the first dimension, in rank order, differentiably.
+
+    Every rank must call it, forward and backward. Shapes may differ in the first dimension only; dtypes must agree.
+    The gradient of a rank's tensor is the sum over ranks of their gradients to those rows (see above). In a world of
+    one the tensor itself is returned.
+    """
+    return gather_together([tensor], row_counts(tensor))[0]
+
+
+def gather_together(tensors: Sequence[Tensor], counts: Sequence[int]) -> tuple[Tensor, ...]:
+    """``gather`` for several tensors of the same samples, side by side in one collective forward and one backward.
+
+    ``counts``: as ``row_counts`` gives them for any of the tensors. Nothing is converted: tensors of another dtype, or
+    of another ``requires_grad``, travel in a collective of their own, the latter without one backward. What is returned
+    may be views of one buffer.
+    """
+    if world_size() == 1:
+        return tuple(tensors)
+    kinds: dict[tuple[torch.dtype, bool], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        kinds.setdefault((tensor.dtype, tensor.requires_grad), []).append(index)
+    gathered: dict[int, Tensor] = {}
+    for indices in kinds.values():
+        gathered |= zip(indices, _Gather.apply(counts, *(tensors[i] for i in indices)), strict=True)
+    return tuple(gathered[i] for i in range(len(tensors)))
+
+
+class AllRanks:
+    """The samples of a step, spread over ranks; to be made by every rank alike.
+
+    ``counts``: how many samples each rank has. ``own``: how many this one has, beginning at ``first_row`` of all
+    ``samples`` in rank order.
+    """
+
+    def __init__(self, own: Tensor) -> None:
+        """``own``: any tensor with a row for each of this rank's samples."""
+        self.counts = row_counts(own)
+        self.own = own.shape[0]
+        self.first_row = sum(self.counts[: rank()])
+        self.samples = sum(self.counts)
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}  # by id(), each kept alive with its tensor
+
+    def gather(self, *groups: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], ...]:
+        """All ranks' rows of every tensor of every group, as ``gather_together``; none travels twice."""
+        new = [tensor for group in groups for tensor in group if id(tensor) not in self._known]
+        for tensor, everyone in zip(new, gather_together(new, self.counts), strict=True):
+            self._known[id(tensor)] = tensor, everyone
+        return tuple(tuple(self._known[id(tensor)][1] for tensor in group) for group in groups)
 
 
 class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, counts: list[int]) -> Tensor:
-        ctx.counts = counts
-        block = _padded(tensor, max(counts))
-        blocks = [torch.empty_like(block) for _ in counts]
-        dist.all_gather(blocks, block)
-        return torch.cat([block[:rows] for block, rows in zip(blocks, counts, strict=True)])
+    """Rows of all ranks; backward a reduce-scatter, which adds up what all ranks send to a row."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        blocks = [_padded(block, max(ctx.counts)) for block in grad.split(ctx.counts)]
-        total = torch.empty_like(blocks[0])
-        dist.reduce_scatter(total, blocks)
-        return total[: ctx.counts[rank()]], None
+    def forward(ctx: Any, counts: Sequence[int], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.counts, ctx.shapes = counts, [tensor.shape[1:] for tensor in tensors]
+        everyone_MC = _all_gather(_side_by_side(tensors), counts)
+        return _apart(everyone_MC, ctx.shapes)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        own_NC = _reduce_scatter(_side_by_side(gradients), ctx.counts)
+        return None, *_apart(own_NC, ctx.shapes)
+
+
+def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:
+    """One matrix with a row for each sample."""
+    flat = [tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:])) for tensor in tensors]
+    return torch.cat(flat, dim=1) if len(flat) > 1 else flat[0]
+
+
+def _apart(rows_NC: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
+    """The tensors that ``_side_by_side`` put together, as views."""
+    widths = [math.prod(shape) for shape in shapes]
+    parts = rows_NC.split(widths, dim=1)
+    return tuple(part.view(part.shape[0], *shape) for part, shape in zip(parts, shapes, strict=True))
+
+
+def _all_gather(own_NC: Tensor, counts: Sequence[int]) -> Tensor:
+    """Collectives move blocks of equal shape: shorter ones are filled up, and the filling is left out afterwards."""
+    most = max(counts)
+    missing = most - own_NC.shape[0]
+    block = torch.cat([own_NC, own_NC.new_zeros(missing, own_NC.shape[1])]) if missing else own_NC.contiguous()
+    blocks = own_NC.new_empty(len(counts) * most, own_NC.shape[1])
+    _single("all_gather")(blocks, block)
+    if min(counts) == most:
+        return blocks
+    return torch.cat([block[:rows] for block, rows in zip(blocks.split(most), counts, strict=True)])
+
+
+def _reduce_scatter(rows_MC: Tensor, counts: Sequence[int]) -> Tensor:
+    """This rank's rows of the sum over ranks."""
+    most = max(counts)
+    blocks = rows_MC.contiguous()
+    if min(counts) < most:
+        blocks = rows_MC.new_zeros(len(counts) * most, rows_MC.shape[1])
+        for block, part in zip(blocks.split(most), rows_MC.split(list(counts)), strict=True):
+            block[: part.shape[0]] = part
+    total = rows_MC.new_empty(most, rows_MC.shape[1])
+    _single("reduce_scatter")(total, blocks)
+    return total[: counts[rank()]]
+
+
+def _single(collective: str) -> Any:
+    """The form of a collective with one tensor for all ranks' blocks; torch 2.14 gave it another name."""
+    older = {"all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor"}
+    return getattr(dist, f"{collective}_single", None) or getattr(dist, older[collective])
+
+
+# --- sums -------------------------------------------------------------------------------------------------------------
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of all ranks' tensors, of equal shape and dtype, differentiably; the tensor itself in a world of one.
+
+    For numbers that the loss is made of: every rank must use the sum in the same way. Then the gradient to the sum is
+    the same everywhere, and W times it, what a rank's own part is owed by the rule above, takes no communication.
+    """
+    return tensor if world_size() == 1 else _Sum.apply(tensor)
+
+
+def mean_over_ranks(mean: Tensor, count: int) -> Tensor:
+    """The mean over all ranks' samples, differentiably, where a rank has ``count`` of them and their ``mean`` ().
+
+    As ``sum_over_ranks``: what every rank's own samples cost is all that it takes to know the loss of all.
+    """
+    if world_size() == 1:
+        return mean
+    total, samples = sum_over_ranks(torch.stack([mean * count, mean.new_full((), count)])).unbind()
+    return total / samples
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return world_size() * gradient

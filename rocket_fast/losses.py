@@ -1,24 +1,25 @@
-"""From embeddings to the number that is differentiated: gather once, call the kernels, name the metrics."""
+"""From embeddings to the number that is differentiated: exchange, call the kernels, name the metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from rocket_fast.batch import CompanionOutputs, Embeddings, LossOutput
-from rocket_fast.distributed import gather, world_size
+from rocket_fast.distributed import AllRanks, mean_over_ranks
 from rocket_fast.errors import require
+from rocket_fast.exchange import Exchange, multiview_terms
 from rocket_fast.kernels import (
     MultiviewClipTerms,
     Reduction,
     barlip_loss,
-    multiview_clip_terms,
     siamlip_loss,
+    siglip_loss,
     swalip_loss,
     swalip_prototypes_loss,
 )
@@ -40,14 +41,22 @@ class LossConfig:
     """Label smoothing of the strong pairs, in [0, 1); the weak pair has none."""
     reduction: Reduction = "sum"
     """avg: mean of image-to-text and text-to-image; sum: their sum (twice as much, companions weigh less)."""
+    exchange: Exchange = "auto"
+    """How several processes share the work, the numbers being the same: all_gather sends all embeddings to all,
+    one_sided the texts only, half the bytes and 1/processes of the products; auto takes it for large batches."""
+    gather_grad: bool = True
+    """Whether gradients cross processes, as in one process with all samples; False drops them, as the original does."""
 
     def __post_init__(self) -> None:
         require(0 <= self.label_smoothing < 1, "loss.label_smoothing", self.label_smoothing, "a number in [0, 1)")
         require(self.reduction in ("avg", "sum"), "loss.reduction", self.reduction, "'avg' or 'sum'")
+        require(self.exchange in get_args(Exchange), "loss.exchange", self.exchange, f"one of {get_args(Exchange)}")
+        fits = self.gather_grad or self.exchange == "auto"
+        require(fits, "loss.exchange", self.exchange, "'auto' with gather_grad=False, which has an exchange of its own")
 
 
 # What a companion adds to the total, and its metrics.
-CompanionLoss = Callable[[Embeddings], tuple[Tensor, dict[str, Tensor]]]
+CompanionLoss = Callable[[Embeddings, AllRanks], tuple[Tensor, dict[str, Tensor]]]
 
 
 class Objective(nn.Module):
@@ -61,27 +70,29 @@ class Objective(nn.Module):
     def forward(self, embeddings: Embeddings) -> LossOutput:
         """The loss of the batch of all ranks together, the same number on each; see rocket_fast/distributed.py.
 
+        Embeddings are taken in their own dtype, under autocast too: 16-bit ones are multiplied exactly, no others are
+        rounded.
+
         ``metrics`` (0-dimensional, detached): ``loss``; ``clip_loss`` (mean of both directions), ``clip_loss_image``,
         ``clip_loss_text``, the same with ``_global`` (weak pair) and ``_local`` (mean over strong pairs); ``clip_acc``
         (weak, image to text, percent), ``clip_acc_{image,text}_{global,local}``; ``logit_scale``, ``h_logit_scale``
         (after exp); the companion's ``siamlip_loss``, ``barlip_loss`` or ``swalip_loss`` (without its weight) and
         ``swalip_logit_scale``.
         """
-        everyone = gather_embeddings(embeddings)
-        terms = multiview_clip_terms(
-            everyone.image_z,
-            everyone.text_z,
-            everyone.logit_scale,
-            everyone.image_h,
-            everyone.text_h,
-            everyone.h_logit_scale,
-            label_smoothing=self.loss.label_smoothing,
-        )
-        total = terms.reduce(self.loss.reduction)
-        metrics = _clip_metrics(terms) | _scale_metrics(everyone)
-        if self.companion_loss is not None:
-            added, companion_metrics = self.companion_loss(everyone)
-            total, metrics = total + added, metrics | companion_metrics
+        with torch.autocast(embeddings.image_z.device.type, enabled=False):
+            ranks = AllRanks(embeddings.image_z)
+            terms = multiview_terms(
+                embeddings,
+                ranks,
+                exchange=self.loss.exchange,
+                gather_grad=self.loss.gather_grad,
+                label_smoothing=self.loss.label_smoothing,
+            )
+            total = terms.reduce(self.loss.reduction)
+            metrics = _clip_metrics(terms) | _scale_metrics(embeddings)
+            if self.companion_loss is not None:
+                added, companion_metrics = self.companion_loss(embeddings, ranks)
+                total, metrics = total + added, metrics | companion_metrics
         metrics["loss"] = total
         return LossOutput(total=total, metrics={name: value.detach() for name, value in metrics.items()})
 
@@ -91,37 +102,22 @@ def build_loss(loss: LossConfig, companion: CompanionConfig | None) -> Objective
     return Objective(loss, None if companion is None else _companion_loss(companion))
 
 
-def gather_embeddings(embeddings: Embeddings) -> Embeddings:
-    """The embeddings of all ranks, samples in rank order, by one collective forward and one backward.
+def siglip_loss_over_ranks(
+    image_ND: Tensor,
+    text_ND: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    *,
+    normalize: bool = False,
+) -> Tensor:
+    """``rocket_fast.kernels.siglip_loss`` of all ranks' samples: the same number on every rank, exact gradients.
 
-    The tensors travel side by side in their common dtype; local batches may differ in size.
+    A rank gathers the texts and takes its own images against them. Row counts may differ between ranks.
     """
-    if world_size() == 1:
-        return embeddings
-    own = embeddings.companion or CompanionOutputs()
-    groups = (
-        (embeddings.image_z, embeddings.text_z),
-        embeddings.image_h,
-        embeddings.text_h,
-        own.image_v,
-        own.text_v,
-        own.image_p,
-        own.text_p,
-    )
-    flat = [tensor for group in groups for tensor in group]
-    gathered = iter(gather(torch.cat(flat, dim=1)).split([tensor.shape[1] for tensor in flat], dim=1))
-    (image_z, text_z), image_h, text_h, image_v, text_v, image_p, text_p = (
-        tuple(islice(gathered, len(group))) for group in groups
-    )
-    companion = replace(own, image_v=image_v, text_v=text_v, image_p=image_p, text_p=text_p)
-    return replace(
-        embeddings,
-        image_z=image_z,
-        text_z=text_z,
-        image_h=image_h,
-        text_h=text_h,
-        companion=None if embeddings.companion is None else companion,
-    )
+    ranks = AllRanks(image_ND)
+    ((text_MD,),) = ranks.gather((text_ND,))
+    own = siglip_loss(image_ND, text_MD, logit_scale, logit_bias, row_offset=ranks.first_row, normalize=normalize)
+    return mean_over_ranks(own, len(image_ND))
 
 
 def _clip_metrics(terms: MultiviewClipTerms) -> dict[str, Tensor]:
@@ -163,34 +159,36 @@ def _companion_loss(config: CompanionConfig) -> CompanionLoss:
     return partial(_swalip_prototypes, config)
 
 
-def _siamlip(embeddings: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
+def _siamlip(embeddings: Embeddings, ranks: AllRanks) -> tuple[Tensor, dict[str, Tensor]]:
     heads = _outputs(embeddings)
-    loss = siamlip_loss(heads.image_p, heads.text_p, heads.image_v, heads.text_v)
+    own = siamlip_loss(heads.image_p, heads.text_p, heads.image_v, heads.text_v)
+    loss = mean_over_ranks(own, ranks.own)  # no sample's cost depends on another
     return loss, {"siamlip_loss": loss}
 
 
-def _barlip(config: BarLIPConfig, embeddings: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
+def _barlip(config: BarLIPConfig, embeddings: Embeddings, ranks: AllRanks) -> tuple[Tensor, dict[str, Tensor]]:
     heads = _outputs(embeddings)
-    loss = barlip_loss(heads.image_v, heads.text_v, lambda_=config.lambda_, scale=config.scale)
+    image_v, text_v = ranks.gather(heads.image_v, heads.text_v)
+    loss = barlip_loss(image_v, text_v, lambda_=config.lambda_, scale=config.scale)
     return loss, {"barlip_loss": loss}
 
 
-def _swalip(config: SwALIPConfig, embeddings: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
+def _swalip(config: SwALIPConfig, embeddings: Embeddings, ranks: AllRanks) -> tuple[Tensor, dict[str, Tensor]]:
     scale = embeddings.h_logit_scale
     require(scale is not None, "embeddings.h_logit_scale", None, "the strong head's scale, which SwALIP needs")
     assert scale is not None
-    loss = swalip_loss(
-        embeddings.image_h, embeddings.text_h, scale, epsilon=config.epsilon, iterations=config.iterations
-    )
+    image_h, text_h = ranks.gather(embeddings.image_h, embeddings.text_h)
+    loss = swalip_loss(image_h, text_h, scale, epsilon=config.epsilon, iterations=config.iterations)
     return config.weight * loss, {"swalip_loss": loss}
 
 
-def _swalip_prototypes(config: SwALIPPrototypesConfig, embeddings: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
+def _swalip_prototypes(
+    config: SwALIPPrototypesConfig, embeddings: Embeddings, ranks: AllRanks
+) -> tuple[Tensor, dict[str, Tensor]]:
     heads = _outputs(embeddings)
     scale = heads.logit_scale
     require(scale is not None, "embeddings.companion.logit_scale", None, "the prototypes' own scale")
     assert scale is not None
-    loss = swalip_prototypes_loss(
-        heads.image_p, heads.text_p, scale, epsilon=config.epsilon, iterations=config.iterations
-    )
+    image_p, text_p = ranks.gather(heads.image_p, heads.text_p)
+    loss = swalip_prototypes_loss(image_p, text_p, scale, epsilon=config.epsilon, iterations=config.iterations)
     return config.weight * loss, {"swalip_loss": loss, "swalip_logit_scale": scale}

@@ -49,7 +49,7 @@ def test_wrong_gradients_and_exceptions_fail(
     def wrong(image: torch.Tensor, text: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         if image.dtype == torch.float16:
             raise RuntimeError("no such kernel")
-        return right(image, 0.99 * text + 0.01 * text.detach(), *args, **options)
+        return right(image, 0.95 * text + 0.05 * text.detach(), *args, **options)
 
     monkeypatch.setattr(suite, "clip_loss", wrong)
     assert suite.main([*SMALL, "--output", str(tmp_path), "--only", "check clip"]) == 1
@@ -58,7 +58,7 @@ def test_wrong_gradients_and_exceptions_fail(
         if "float16" in result["name"] and "bfloat16" not in result["name"]:
             assert result["note"] == "RuntimeError: no such kernel"
         else:
-            assert result["figures"]["ours"]["d text"] > 5e-3 > result["figures"]["ours"]["value"]
+            assert result["figures"]["ours"]["d text"] > 0.03 > result["figures"]["ours"]["value"]
 
 
 def test_without_time_rows_say_so(suite: ModuleType, tmp_path: Path) -> None:
@@ -75,8 +75,9 @@ def test_without_cuda_it_says_so_in_a_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_float64_figures_are_autograds(suite: ModuleType) -> None:
+def test_float64_figures_are_autograds(suite: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several positives, smoothing, offset; rows in several blocks."""
+    monkeypatch.setattr(suite, "blocks", lambda rows, _: [slice(i, min(i + 4, rows)) for i in range(0, rows, 4)])
     machine = suite.Machine("cpu", small=True)
     options = {"width": 7, "dtype": torch.float64}
     checks = [
@@ -88,8 +89,13 @@ def test_float64_figures_are_autograds(suite: ModuleType) -> None:
     for check in checks:
         blocked, plain = suite.exact(check, machine), suite.eager(check, machine)
         for name, value in plain.named().items():
+            rtol = 1e-6 if value.dtype == torch.float32 else 1e-10  # a float32 scale has a float32 gradient
             torch.testing.assert_close(
-                blocked.named()[name], value.double(), rtol=1e-5, atol=1e-8, msg=f"{check} {name}"
+                blocked.named()[name],
+                value.double(),
+                rtol=rtol,
+                atol=1e-12,
+                msg=lambda m, what=(check, name): f"{what} {m}",
             )
     views = [torch.randn(6, 5, dtype=torch.float64, requires_grad=True) for _ in range(6)]
     scales = [torch.tensor(s, dtype=torch.float64, requires_grad=True) for s in (14.0, 10.0)]

@@ -9,8 +9,8 @@ What differs, and is meant to:
 * No N x M matrix is made: memory beyond inputs and gradients is a fixed workspace, on one process and on many.
 * On several processes value and gradients are those of one process on the whole batch once DistributedDataParallel has
   averaged them, whatever the flags say, and local batches may differ in size. open_clip's flags change the result:
-  without ``gather_with_grad`` (its default) W processes leave 1/W of the gradient to the features and all of that to
-  the logit scale, and with ``local_loss`` alone the direction is wrong as well (open_clip 3.3.0, 2 and 3 processes).
+  without ``gather_with_grad`` (its default) the features get 1/W of their gradient on W processes, the logit scale all
+  of its own, and with ``local_loss`` alone the direction is wrong as well (open_clip 3.3.0, 2 and 3 processes).
   Who trains with those flags and a tuned learning rate should expect to tune it again.
 * ``ClipLoss`` gives the whole batch's loss on every process; open_clip's with ``local_loss`` gives the process's part,
   whose mean over processes is the same number.
