@@ -142,7 +142,7 @@ def test_error_is_no_larger_than_eager_torch(dtype: torch.dtype, scale: float, s
         if name.startswith("accuracy"):
             continue
         error, peer = ((x[name].double() - value).norm() / value.norm() for x in (ours, peers))
-        # Roundings of single numbers are nobody's fault; those of the scale's gradient, a difference of sums, weigh more.
+        # Single roundings are nobody's fault; those of the scale's gradient, a difference of sums, weigh more.
         allowed = 1e-6 if name == "d_scale" else 5e-7
         assert error <= max(1.1 * peer, allowed, torch.finfo(ours[name].dtype).eps / 2), name
 
