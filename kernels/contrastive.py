@@ -16,10 +16,10 @@ from dataclasses import replace
 from typing import Any, NoReturn, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rocket_fast.errors import require
+from rocket_fast.kernels import tiled
 from rocket_fast.kernels.checks import (
     require_finite,
     require_same_rows,
@@ -32,6 +32,9 @@ from rocket_fast.kernels.dispatch import implementation
 from rocket_fast.kernels.positives import Pairs, soft_terms
 from rocket_fast.kernels.reference import ClipTerms, MultiviewClipTerms, Reduction
 from rocket_fast.kernels.tiled import Positives, compute_dtype
+
+# Which of the forward operation's results holds the losses and accuracies.
+TERMS = 4
 
 # --- operations, their shapes for tracing, their derivatives ----------------------------------------------------------
 
@@ -46,34 +49,56 @@ def _forward(
     diagonal: bool,
     normalize: bool,
     workspace: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    need_grad: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-sum-exps of rows (A, B, N) and columns (A, B, M), float64; their maxima; (A, B, 4): losses and accuracies.
 
-    The last is of the diagonal's positives, and zero where ``diagonal`` is False.
+    The terms are of the diagonal's positives, and zero where ``diagonal`` is False. Last, where they come cheaper now
+    than later, the gradients of the sum of all losses to both sides and to the scales; else empty.
     """
     with torch.no_grad(), torch.autocast(image_AND.device.type, enabled=False):
-        return implementation(image_AND).contrastive_forward(
-            image_AND,
-            text_BMD,
-            scale_AB,
-            smoothing=smoothing,
-            row_offset=row_offset,
-            diagonal=diagonal,
-            normalize=normalize,
-            workspace=workspace,
-        )
+        options: dict[str, Any] = {
+            "smoothing": smoothing,
+            "row_offset": row_offset,
+            "normalize": normalize,
+            "workspace": workspace,
+        }
+        if diagonal and need_grad and _gradients_now(image_AND, text_BMD, workspace):
+            return tiled.contrastive_forward_backward(image_AND, text_BMD, scale_AB, **options)
+        forward = implementation(image_AND).contrastive_forward
+        results = forward(image_AND, text_BMD, scale_AB, diagonal=diagonal, **options)
+        return *results, *(scale_AB.new_empty(0) for _ in range(3))
+
+
+def _gradients_now(image_AND: Tensor, text_BMD: Tensor, workspace: int) -> bool:
+    """Whether the tiled implementation serves these, with a workspace for a pair's similarities and as much again."""
+    size = 2 * image_AND.shape[1] * text_BMD.shape[1] * compute_dtype(image_AND).itemsize
+    return image_AND.device.type == "cpu" and size <= workspace and implementation(image_AND) is tiled
 
 
 @_forward.register_fake
 def _(
-    image_AND: Tensor, text_BMD: Tensor, scale_AB: Tensor, *options: object
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    image_AND: Tensor,
+    text_BMD: Tensor,
+    scale_AB: Tensor,
+    smoothing: Sequence[float],
+    row_offset: int,
+    diagonal: bool,
+    normalize: bool,
+    workspace: int,
+    need_grad: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype, rows, columns = compute_dtype(image_AND), image_AND.shape[1], text_BMD.shape[1]
 
-    def of(size: int, dtype: torch.dtype = dtype) -> Tensor:
-        return image_AND.new_empty(*scale_AB.shape, size, dtype=dtype)
+    def of(*size: int, dtype: torch.dtype = dtype) -> Tensor:
+        return image_AND.new_empty(size, dtype=dtype)
 
-    return of(rows, torch.float64), of(columns, torch.float64), of(rows), of(columns), of(4)
+    pairs = scale_AB.shape
+    lse = of(*pairs, rows, dtype=torch.float64), of(*pairs, columns, dtype=torch.float64)
+    now = diagonal and need_grad and _gradients_now(image_AND, text_BMD, workspace)
+    gradients = (of(*(x.shape if now else (0,))) for x in (image_AND, text_BMD, scale_AB))
+    d_image, d_text, d_scale = gradients
+    return *lse, of(*pairs, rows), of(*pairs, columns), of(*pairs, 4), d_image, d_text, d_scale
 
 
 @torch.library.custom_op("rocket_fast::contrastive_backward", mutates_args=())
@@ -135,50 +160,93 @@ def _(
     return d_image, d_text, torch.empty_like(scale_AB)
 
 
+@torch.library.custom_op("rocket_fast::contrastive_rescale", mutates_args=())
+def _rescale(
+    d_terms_AB4: Tensor,
+    d_image_AND: Tensor,
+    d_text_BMD: Tensor,
+    d_scale_AB: Tensor,
+    image_AND: Tensor,
+    text_BMD: Tensor,
+    scale_AB: Tensor,
+    lse_image_ABN: Tensor,
+    lse_text_ABM: Tensor,
+    smoothing: Sequence[float],
+    row_offset: int,
+    normalize: bool,
+    workspace: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients made with the value, times what the sum of losses is differentiated with.
+
+    Where that differs between directions or pairs, which a sum does not tell apart, they are made anew.
+    """
+    factor = d_terms_AB4[0, 0, 0]
+    with torch.no_grad(), torch.autocast(image_AND.device.type, enabled=False):
+        if (d_terms_AB4[..., :2] == factor).all():
+            made = ((d_image_AND, image_AND), (d_text_BMD, text_BMD), (d_scale_AB, scale_AB))
+            d_image, d_text, d_scale = ((gradient * factor).to(like.dtype) for gradient, like in made)
+            return d_image, d_text, d_scale
+        weights = _weights_of_terms(d_terms_AB4, image_AND, text_BMD, row_offset)
+        arguments = (image_AND, text_BMD, scale_AB, lse_image_ABN, lse_text_ABM, *weights)
+        options: dict[str, Any] = {"smoothing": smoothing, "row_offset": row_offset, "normalize": normalize}
+        needs = {"need_image": True, "need_text": True}
+        return tiled.contrastive_backward(*arguments, diagonal=True, **needs, workspace=workspace, **options)
+
+
+@_rescale.register_fake
+def _(
+    d_terms_AB4: Tensor,
+    d_image_AND: Tensor,
+    d_text_BMD: Tensor,
+    d_scale_AB: Tensor,
+    image_AND: Tensor,
+    text_BMD: Tensor,
+    scale_AB: Tensor,
+    *rest: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return image_AND.new_empty(image_AND.shape), text_BMD.new_empty(text_BMD.shape), torch.empty_like(scale_AB)
+
+
+def _weights_of_terms(
+    d_terms_AB4: Tensor, image_AND: Tensor, text_BMD: Tensor, row_offset: int
+) -> tuple[Tensor, Tensor]:
+    rows, columns = image_AND.shape[1], text_BMD.shape[1]
+    where = Positives.of(rows, columns, row_offset)
+    return where.weights(d_terms_AB4[..., 0], d_terms_AB4[..., 1], rows, columns)
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    image_AND, text_BMD, scale_AB, ctx.smoothing, ctx.row_offset, ctx.diagonal, ctx.normalize, ctx.workspace = inputs
-    lse_image_ABN, lse_text_ABM, *tops, terms_AB4 = output
-    ctx.save_for_backward(image_AND, text_BMD, scale_AB, lse_image_ABN, lse_text_ABM)
+    image_AND, text_BMD, scale_AB, ctx.smoothing, ctx.row_offset, ctx.diagonal, ctx.normalize, ctx.workspace, _ = inputs
+    lse_image_ABN, lse_text_ABM, *tops, terms_AB4, d_image, d_text, d_scale = output
+    ctx.save_for_backward(image_AND, text_BMD, scale_AB, lse_image_ABN, lse_text_ABM, d_image, d_text, d_scale)
     ctx.set_materialize_grads(False)
     # With targets on the diagonal the losses are differentiated, without them the log-sum-exps; never both.
-    ctx.mark_non_differentiable(*tops, *((lse_image_ABN, lse_text_ABM) if ctx.diagonal else (terms_AB4,)))
-
-
-def _weights(ctx: Any, saved: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
-    """The loss's gradient to every row's and every column's own loss or log-sum-exp; zeros where it asks for none."""
-    image_AND, text_BMD, scale_AB, lse_image_ABN, lse_text_ABM = saved
-    d_lse_image_ABN, d_lse_text_ABM, _, _, d_terms_AB4 = gradients
-    if not ctx.diagonal:
-        zero = scale_AB.new_zeros(1, 1, 1)
-        return (
-            zero.expand_as(lse_image_ABN) if d_lse_image_ABN is None else d_lse_image_ABN.to(zero.dtype),
-            zero.expand_as(lse_text_ABM) if d_lse_text_ABM is None else d_lse_text_ABM.to(zero.dtype),
-        )
-    assert d_terms_AB4 is not None
-    (views, rows, _), (text_views, columns, _) = image_AND.shape, text_BMD.shape
-    where = Positives.of(rows, columns, ctx.row_offset)
-    share_AB4 = d_terms_AB4 / where.count
-
-    def spread(index: int, first: int, size: int) -> Tensor:
-        matched = share_AB4[..., index, None].expand(views, text_views, where.count)
-        return matched if where.count == size else F.pad(matched, (first, size - first - where.count))
-
-    return spread(0, where.first_row, rows), spread(1, where.first_column, columns)
+    constant = (lse_image_ABN, lse_text_ABM) if ctx.diagonal else (terms_AB4,)
+    ctx.mark_non_differentiable(*tops, *constant, d_image, d_text, d_scale)
 
 
 def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     if all(gradient is None for gradient in gradients):
-        return (None,) * 8
-    need_image, need_text, need_scale = ctx.needs_input_grad[:3]
-    options = (ctx.smoothing, ctx.row_offset, ctx.diagonal, ctx.normalize, need_image, need_text, ctx.workspace)
+        return (None,) * 9
     saved = ctx.saved_tensors  # once: checkpointing recomputes what it unpacks
-    d_image, d_text, d_scale_AB = _backward(*saved, *_weights(ctx, saved, gradients), *options)
-    return (
-        d_image if need_image else None,
-        d_text if need_text else None,
-        d_scale_AB if need_scale else None,
-        *(None,) * 5,
-    )
+    inputs, made = saved[:5], saved[5:]
+    needs = ctx.needs_input_grad[:3]
+    d_lse_image_ABN, d_lse_text_ABM, _, _, d_terms_AB4, *_ = gradients
+    if made[0].numel():
+        assert d_terms_AB4 is not None
+        options = (ctx.smoothing, ctx.row_offset, ctx.normalize, ctx.workspace)
+        found = _rescale(d_terms_AB4, *made, *inputs, *options)
+    else:
+        if ctx.diagonal:
+            assert d_terms_AB4 is not None
+            weights = _weights_of_terms(d_terms_AB4, *inputs[:2], ctx.row_offset)
+        else:
+            zero = inputs[2].new_zeros(1, 1, 1)
+            lse = zip(inputs[3:], (d_lse_image_ABN, d_lse_text_ABM), strict=True)
+            weights = tuple(zero.expand_as(x) if d is None else d.to(zero.dtype) for x, d in lse)
+        options = (ctx.smoothing, ctx.row_offset, ctx.diagonal, ctx.normalize, *needs[:2], ctx.workspace)
+        found = _backward(*inputs, *weights, *options)
+    return *(gradient if needed else None for gradient, needed in zip(found, needs, strict=True)), *(None,) * 6
 
 
 def refuse_second_derivative(ctx: Any, *gradients: Tensor) -> NoReturn:
@@ -195,6 +263,7 @@ def _keep_nothing(ctx: Any, inputs: tuple, output: object) -> None:
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
 _backward.register_autograd(refuse_second_derivative, setup_context=_keep_nothing)
+_rescale.register_autograd(refuse_second_derivative, setup_context=_keep_nothing)
 
 
 # --- preparation shared by the public functions -----------------------------------------------------------------------
@@ -210,6 +279,11 @@ def as_factors(first_name: str, first: Tensor, second_name: str, second: Tensor)
     expected = f"the dtype of {first_name}, {first.dtype} (outside autocast)"
     require(second.dtype == first.dtype, second_name, second.dtype, expected)
     return first, second
+
+
+def wanted(*inputs: Tensor) -> bool:
+    """Whether anybody will ask for gradients to these."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
 def as_number(value: Tensor | float, like: Tensor) -> Tensor:
@@ -287,8 +361,8 @@ def clip_terms(
     workspace = workspace_bytes(workspace_mib)
     if targets is None:
         _require_offset(row_offset, len(image_ND), len(text_MD))
-        options = ([float(label_smoothing)], row_offset, True, normalize, workspace)
-        terms = _forward(image[None], text[None], scale.reshape(1, 1), *options)[-1].reshape(4).unbind()
+        options = ([float(label_smoothing)], row_offset, True, normalize, workspace, wanted(image, text, scale))
+        terms = _forward(image[None], text[None], scale.reshape(1, 1), *options)[TERMS].reshape(4).unbind()
     else:
         require(
             row_offset == 0, "row_offset", row_offset, "0 beside targets, which say themselves what belongs together"
@@ -396,8 +470,9 @@ def multiview_clip_terms(
         stacked = (torch.stack(tuple(image_h)), torch.stack(tuple(text_h)))
     image_KND, text_KND = as_factors("image_h", stacked[0], "text_h", stacked[1])
     scale_KK = _pair_scales(h_logit_scale, views, image_KND)
-    options = (smoothing, 0, True, normalize, workspace_bytes(workspace_mib))
-    means_4 = _forward(image_KND, text_KND, scale_KK, *options)[-1].mean((0, 1))
+    need_grad = wanted(image_KND, text_KND, scale_KK)
+    options = (smoothing, 0, True, normalize, workspace_bytes(workspace_mib), need_grad)
+    means_4 = _forward(image_KND, text_KND, scale_KK, *options)[TERMS].mean((0, 1))
     strong = _clip_terms(*means_4.unbind())
     return MultiviewClipTerms(
         weak=weak,
@@ -479,7 +554,7 @@ def _statistics(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Log-sum-exps of rows (N,) and columns (M,), float64, and their maxima."""
     options = ([0.0], 0, False, normalize, workspace)
-    lse_N, lse_M, top_N, top_M, _ = _forward(image_ND[None], text_MD[None], scale.reshape(1, 1), *options)
+    lse_N, lse_M, top_N, top_M, *_ = _forward(image_ND[None], text_MD[None], scale.reshape(1, 1), *options)
     return (lse_N[0, 0], lse_M[0, 0]), (top_N[0, 0], top_M[0, 0])
 
 

@@ -17,6 +17,7 @@ from rocket_fast.kernels.contrastive import (
     as_factors,
     as_number,
     refuse_second_derivative,
+    wanted,
     workspace_bytes,
 )
 from rocket_fast.kernels.dispatch import implementation
@@ -145,7 +146,5 @@ def siglip_loss(
     require_scalar("logit_bias", logit_bias, image_ND.device)
     image, text = as_factors("image_ND", image_ND, "text_MD", text_MD)
     scale, bias = as_number(logit_scale, image), as_number(logit_bias, image)
-    need_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (image, text, scale, bias))
-    return _forward_backward(
-        image, text, scale, bias, int(row_offset), normalize, need_grad, workspace_bytes(workspace_mib)
-    )[0]
+    options = (int(row_offset), normalize, wanted(image, text, scale, bias), workspace_bytes(workspace_mib))
+    return _forward_backward(image, text, scale, bias, *options)[0]

@@ -12,10 +12,11 @@ without keeping S. Everything after a product is elementwise on a tile still in 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Rows x columns of a tile. Measured on two cores (N = 8192, D = 512, float32): 512 x 512 to 2048 x 2048 are within 8%
@@ -55,6 +56,17 @@ class Positives:
         """The part of ``x`` (..., M) that has positives."""
         return x.narrow(-1, self.first_column, self.count)
 
+    def weights(self, image_AB: Tensor, text_AB: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Every row's and every column's weight (A, B, N) and (A, B, M): a share of its direction's, or none."""
+        sides = ((image_AB, self.first_row, rows), (text_AB, self.first_column, columns))
+        image_ABN, text_ABM = (
+            F.pad((side / self.count)[..., None].expand(*side.shape, self.count), (first, size - first - self.count))
+            if self.count < size
+            else (side / self.count)[..., None].expand(*side.shape, size)
+            for side, first, size in sides
+        )
+        return image_ABN, text_ABM
+
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """float32, or float64 for float64: what statistics, products and results are made in."""
@@ -76,11 +88,11 @@ def _prepared(x: Tensor, normalize: bool) -> Tensor:
 class Tiles:
     """The tiles of an N x M problem and the two buffers they are made in."""
 
-    def __init__(self, rows: int, columns: int, like: Tensor, workspace: int) -> None:
+    def __init__(self, rows: int, columns: int, like: Tensor, workspace: int, *, whole: bool = False) -> None:
         entries = max(1, workspace // (2 * like.element_size()))
         width = min(columns, TILE[1], entries)
         self.rows, self.columns = rows, columns
-        self.shape = (min(rows, TILE[0], max(1, entries // width)), width)
+        self.shape = (rows, columns) if whole else (min(rows, TILE[0], max(1, entries // width)), width)
         self._logits = self._scratch = like.new_empty(0)
 
     def row_slices(self) -> Iterator[slice]:
@@ -95,8 +107,11 @@ class Tiles:
         """Products of rows and columns, in the one buffer that there is for them."""
         if not len(self._logits):
             self._logits = rows_ND.new_empty(self.shape[0] * self.shape[1])
-        out = self._logits[: len(rows_ND) * len(columns_MD)].view(len(rows_ND), len(columns_MD))
-        return torch.mm(rows_ND, columns_MD.T, out=out)
+        return torch.mm(rows_ND, columns_MD.T, out=self.last(rows_ND, columns_MD))
+
+    def last(self, rows_ND: Tensor, columns_MD: Tensor) -> Tensor:
+        """The buffer as it was left."""
+        return self._logits[: len(rows_ND) * len(columns_MD)].view(len(rows_ND), len(columns_MD))
 
     def scratch(self, logits_NM: Tensor) -> Tensor:
         """A second matrix of a tile's size; its contents are whatever was there."""
@@ -113,7 +128,7 @@ def contrastive_forward(
     text_BMD: Tensor,
     scale_AB: Tensor,
     *,
-    smoothing: list[float],
+    smoothing: Sequence[float],
     row_offset: int,
     diagonal: bool,
     normalize: bool,
@@ -125,26 +140,77 @@ def contrastive_forward(
     on all probabilities of its row.
     """
     x_AND, y_BMD = _prepared(image_AND, normalize), _prepared(text_BMD, normalize)
-    (views, rows, _), (text_views, columns, _) = x_AND.shape, y_BMD.shape
-    tiles = Tiles(rows, columns, x_AND, workspace)
+    tiles = Tiles(x_AND.shape[1], y_BMD.shape[1], x_AND, workspace)
+    per_pair = [
+        _take_pair(x_ND, y_MD, scale, smoothing[index], row_offset if diagonal else None, tiles).results()
+        for index, (x_ND, y_MD, scale) in enumerate(_pairs(x_AND, y_BMD, scale_AB))
+    ]
+    return _stacked(per_pair, scale_AB)
+
+
+def contrastive_forward_backward(
+    image_AND: Tensor,
+    text_BMD: Tensor,
+    scale_AB: Tensor,
+    *,
+    smoothing: Sequence[float],
+    row_offset: int,
+    normalize: bool,
+    workspace: int,
+) -> tuple[Tensor, ...]:
+    """What ``contrastive_forward`` gives, and gradients (A, N, D), (B, M, D), (A, B) of the sum of all pairs' losses.
+
+    For pairs that the workspace holds twice: their exponentials are still there when the sums are known, so that the
+    gradients take two products more, not three. In the precision computed with.
+    """
+    x_AND, y_BMD = _prepared(image_AND, normalize), _prepared(text_BMD, normalize)
+    rows, columns = x_AND.shape[1], y_BMD.shape[1]
+    tiles = Tiles(rows, columns, x_AND, workspace, whole=True)
+    ones_AB = torch.ones_like(scale_AB)
+    weights = Positives.of(rows, columns, row_offset).weights(ones_AB, ones_AB, rows, columns)
+    gradients = _Gradients(x_AND, y_BMD, scale_AB)
     per_pair = []
-    for a in range(views):
-        for b in range(text_views):
-            scale, e = scale_AB[a, b], smoothing[a * text_views + b]
-            statistics = _Statistics(rows, columns, row_offset if diagonal else None)
-            for row in tiles.row_slices():
-                scaled_ND = x_AND[a, row] * scale
-                for column in tiles.column_slices():
-                    statistics.add(row, column, tiles.logits(scaled_ND, y_BMD[b, column]), tiles)
-            lse_N, lse_M = statistics.row.log_sum_exp(), statistics.column.log_sum_exp()
-            mean_logits = _mean_logits(x_AND[a], y_BMD[b], scale, row_offset) if diagonal and e else None
-            terms_4 = statistics.terms(lse_N, lse_M, e, mean_logits) if diagonal else x_AND.new_zeros(4)
-            per_pair.append((lse_N, lse_M, statistics.row.maximum, statistics.column.maximum, terms_4))
+    for index, (x_ND, y_MD, scale) in enumerate(_pairs(x_AND, y_BMD, scale_AB)):
+        a, b = divmod(index, len(y_BMD))
+        statistics = _take_pair(x_ND, y_MD, scale, smoothing[index], row_offset, tiles)
+        per_pair.append(statistics.results())
+        pair = _PairGradient(
+            statistics.row.maximum,
+            *per_pair[-1][:2],
+            weights[0][a, b],
+            weights[1][a, b],
+            smoothing=smoothing[index],
+            row_offset=row_offset,
+        )
+        gradients.add(a, b, pair, tiles, exponentials_ready=True)
+    return *_stacked(per_pair, scale_AB), *gradients.finish(image_AND, text_BMD, normalize)
+
+
+def _pairs(x_AND: Tensor, y_BMD: Tensor, scale_AB: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    return ((x_ND, y_MD, scale_AB[a, b]) for a, x_ND in enumerate(x_AND) for b, y_MD in enumerate(y_BMD))
+
+
+def _stacked(per_pair: list[tuple[Tensor, ...]], scale_AB: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     lse_image, lse_text, top_image, top_text, terms = (
-        (torch.stack(part) if len(part) > 1 else part[0]).view(views, text_views, -1)
+        (torch.stack(part) if len(part) > 1 else part[0]).view(*scale_AB.shape, -1)
         for part in zip(*per_pair, strict=True)
     )
     return lse_image, lse_text, top_image, top_text, terms
+
+
+def _take_pair(
+    x_ND: Tensor, y_MD: Tensor, scale: Tensor, smoothing: float, row_offset: int | None, tiles: Tiles
+) -> _Statistics:
+    """One pass over a pair's tiles."""
+    mean_logits = None
+    if row_offset is not None and smoothing:
+        mean_logits = _mean_logits(x_ND, y_MD, scale, row_offset)
+    statistics = _Statistics(len(x_ND), len(y_MD), row_offset, smoothing, mean_logits)
+    for row in tiles.row_slices():
+        scaled_ND = x_ND[row] * scale
+        for column in tiles.column_slices():
+            statistics.add(row, column, tiles.logits(scaled_ND, y_MD[column]), tiles)
+    return statistics
 
 
 class _Online:
@@ -191,9 +257,11 @@ class _Largest:
 class _Statistics:
     """What one pass over the tiles of one pair of views collects."""
 
-    def __init__(self, rows: int, columns: int, row_offset: int | None) -> None:
+    def __init__(
+        self, rows: int, columns: int, row_offset: int | None, smoothing: float, mean_logits: Tensor | None
+    ) -> None:
         self.row, self.column = _Online(rows), _Online(columns)
-        self.row_offset = row_offset
+        self.row_offset, self.smoothing, self.mean_logits = row_offset, smoothing, mean_logits
         self.positive: list[Tensor] = []
         # The largest logit before the positive in its row and in its column: of equal logits the first one is the top
         # one, as torch.argmax has it, so that collapsed embeddings do not count as right.
@@ -238,18 +306,24 @@ class _Statistics:
             self.column_before.add(column, _before_diagonal(logits.T, -offset, column_max, tied))
         return row_max, column_max
 
-    def terms(self, lse_N: Tensor, lse_M: Tensor, smoothing: float, mean_logits: Tensor | None) -> Tensor:
+    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Log-sum-exps of rows and columns, their maxima, and the terms; see ``contrastive_forward``."""
+        lse_N, lse_M = self.row.log_sum_exp(), self.column.log_sum_exp()
+        terms_4 = self.row.total.new_zeros(4) if self.row_offset is None else self._terms(lse_N, lse_M, self.row_offset)
+        return lse_N, lse_M, self.row.maximum, self.column.maximum, terms_4
+
+    def _terms(self, lse_N: Tensor, lse_M: Tensor, row_offset: int) -> Tensor:
         """Loss image to text, loss text to image, and the accuracies (percent) of both: (4,)."""
-        assert self.row_offset is not None
-        where = Positives.of(self.row.size, self.column.size, self.row_offset)
+        where = Positives.of(self.row.size, self.column.size, row_offset)
         positive_P = torch.cat(self.positive) if len(self.positive) > 1 else self.positive[0]
 
         def both(row: Tensor, column: Tensor) -> Tensor:
             return torch.stack([where.per_row(row), where.per_column(column)])
 
-        losses_2 = both(lse_N, lse_M).sub_(positive_P, alpha=1 - smoothing).mean(1).to(positive_P.dtype)
-        if mean_logits is not None:
-            losses_2 -= smoothing * mean_logits
+        losses_2 = both(lse_N, lse_M).sub_(positive_P, alpha=1 - self.smoothing).mean(1)
+        losses_2 = losses_2.to(positive_P.dtype)
+        if self.mean_logits is not None:
+            losses_2 -= self.smoothing * self.mean_logits
         right_2P = both(self.row.maximum, self.column.maximum) == positive_P
         if len(self.row_before.value):
             right_2P &= both(self.row_before.value, self.column_before.value) < positive_P
@@ -316,7 +390,7 @@ def contrastive_backward(
     weight_image_ABN: Tensor,
     weight_text_ABM: Tensor,
     *,
-    smoothing: list[float],
+    smoothing: Sequence[float],
     row_offset: int,
     diagonal: bool,
     normalize: bool,
@@ -331,42 +405,63 @@ def contrastive_backward(
     """
     x_AND, y_BMD = _prepared(image_AND, normalize), _prepared(text_BMD, normalize)
     tiles = Tiles(x_AND.shape[1], y_BMD.shape[1], x_AND, workspace)
-    views, text_views = scale_AB.shape
-    d_x_AND = torch.empty_like(x_AND) if text_views == 1 else torch.zeros_like(x_AND)
-    d_y_BMD = torch.zeros_like(y_BMD) if need_text else None
-    d_scale_AB = torch.zeros_like(scale_AB)
-    for a in range(views):
-        for b in range(text_views):
+    gradients = _Gradients(x_AND, y_BMD, scale_AB, need_text=need_text)
+    for a in range(len(x_AND)):
+        for b in range(len(y_BMD)):
             pair = _PairGradient(
+                lse_image_ABN[a, b].to(x_AND.dtype),
                 lse_image_ABN[a, b],
                 lse_text_ABM[a, b],
                 weight_image_ABN[a, b],
                 weight_text_ABM[a, b],
-                smoothing=smoothing[a * text_views + b] if diagonal else 0.0,
+                smoothing=smoothing[a * len(y_BMD) + b] if diagonal else 0.0,
                 row_offset=row_offset if diagonal else None,
             )
-            # Gradient to the unscaled rows; with one text view it is all there is and is made where it stays.
-            d_row_ND = d_x_AND[a] if text_views == 1 else torch.empty_like(x_AND[a])
-            d_text_MD = None if d_y_BMD is None else d_y_BMD[b]
-            pair.accumulate(x_AND[a], y_BMD[b], scale_AB[a, b], d_row_ND, d_text_MD, tiles)
-            d_scale_AB[a, b] = torch.linalg.vecdot(x_AND[a], d_row_ND).sum(dtype=torch.float64)
-            if text_views == 1:
-                d_row_ND.mul_(scale_AB[a, b])
-            else:
-                d_x_AND[a].addcmul_(d_row_ND, scale_AB[a, b])
-    d_image, d_text = image_AND.new_empty(0), text_BMD.new_empty(0)
-    if need_image:
-        d_image = _through_normalization(image_AND, x_AND, d_x_AND, normalize).to(image_AND.dtype)
-    if d_y_BMD is not None:
-        d_text = _through_normalization(text_BMD, y_BMD, d_y_BMD, normalize).to(text_BMD.dtype)
-    return d_image, d_text, d_scale_AB
+            gradients.add(a, b, pair, tiles)
+    d_image, d_text, d_scale_AB = gradients.finish(image_AND, text_BMD, normalize)
+    return d_image.to(image_AND.dtype) if need_image else image_AND.new_empty(0), d_text.to(text_BMD.dtype), d_scale_AB
+
+
+class _Gradients:
+    """The gradients of both sides and of the scales, summed over the pairs of views."""
+
+    def __init__(self, x_AND: Tensor, y_BMD: Tensor, scale_AB: Tensor, *, need_text: bool = True) -> None:
+        self.x_AND, self.y_BMD, self.scale_AB = x_AND, y_BMD, scale_AB
+        self.alone = len(y_BMD) == 1  # the one text view's part is all of an image view's gradient
+        self.d_x_AND = torch.empty_like(x_AND) if self.alone else torch.zeros_like(x_AND)
+        self.d_y_BMD = torch.zeros_like(y_BMD) if need_text else None
+        self.d_scale_AB = torch.zeros_like(scale_AB)
+
+    def add(self, a: int, b: int, pair: _PairGradient, tiles: Tiles, *, exponentials_ready: bool = False) -> None:
+        """Take in the pair of views a and b."""
+        x_ND, scale = self.x_AND[a], self.scale_AB[a, b]
+        d_row_ND = self.d_x_AND[a] if self.alone else torch.empty_like(x_ND)  # to the scaled rows
+        d_text_MD = None if self.d_y_BMD is None else self.d_y_BMD[b]
+        pair.accumulate(x_ND, self.y_BMD[b], scale, d_row_ND, d_text_MD, tiles, exponentials_ready=exponentials_ready)
+        self.d_scale_AB[a, b] = torch.linalg.vecdot(x_ND, d_row_ND).sum(dtype=torch.float64)
+        if self.alone:
+            d_row_ND.mul_(scale)
+        else:
+            self.d_x_AND[a].addcmul_(d_row_ND, scale)
+
+    def finish(self, image_AND: Tensor, text_BMD: Tensor, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """In the precision computed with, to the rows as given; the texts' is empty where not needed."""
+        d_image = _through_normalization(image_AND, self.x_AND, self.d_x_AND, normalize)
+        if self.d_y_BMD is None:
+            return d_image, text_BMD.new_empty(0), self.d_scale_AB
+        return d_image, _through_normalization(text_BMD, self.y_BMD, self.d_y_BMD, normalize), self.d_scale_AB
 
 
 class _PairGradient:
-    """The gradient of one pair of views: ``G = w_i (softmax_row - target) + w_j (softmax_column - target)``."""
+    """The gradient of one pair of views: ``G = w_i (softmax_row - target) + w_j (softmax_column - target)``.
+
+    Exponentials are taken relative to ``reference_N`` for rows and rounded log-sum-exps for columns; how far these are
+    from the exact log-sum-exps goes into factors of the weights.
+    """
 
     def __init__(
         self,
+        reference_N: Tensor,
         lse_N: Tensor,
         lse_M: Tensor,
         weight_N: Tensor,
@@ -376,47 +471,59 @@ class _PairGradient:
         row_offset: int | None,
     ) -> None:
         self.weight_N, self.weight_M = weight_N, weight_M
-        # Probabilities are taken relative to rounded log-sum-exps; what rounding took goes into their factors.
-        self.lse_N, self.lse_M = lse_N.to(weight_N.dtype), lse_M.to(weight_N.dtype)
-        self.factor_N, self.factor_M = (
-            weight * (rounded - exact).exp().to(weight.dtype)
-            for weight, rounded, exact in ((weight_N, self.lse_N, lse_N), (weight_M, self.lse_M, lse_M))
-        )
         self.smoothing, self.row_offset = smoothing, row_offset
-        self.largest = self.lse_N.max()
-        self.one_exponential = _near(self.largest, self.lse_M)
+        self.reference_N, self.reference_M = reference_N, lse_M.to(reference_N.dtype)
+        self.factor_N = weight_N * (reference_N - lse_N).exp().to(weight_N.dtype)
+        self.factor_M = weight_M * (self.reference_M - lse_M).exp().to(weight_M.dtype)
+        self.largest = reference_N.max()
+        self.one_exponential = _near(self.largest, self.reference_M)
 
     def accumulate(
-        self, x_ND: Tensor, y_MD: Tensor, scale: Tensor, d_row_ND: Tensor, d_text_MD: Tensor | None, tiles: Tiles
+        self,
+        x_ND: Tensor,
+        y_MD: Tensor,
+        scale: Tensor,
+        d_row_ND: Tensor,
+        d_text_MD: Tensor | None,
+        tiles: Tiles,
+        *,
+        exponentials_ready: bool = False,
     ) -> None:
-        """``d_row_ND = G Y`` (without the scale) and ``d_text_MD += scale * G^T X``."""
+        """``d_row_ND = G Y`` (without the scale) and ``d_text_MD += scale * G^T X``.
+
+        ``exponentials_ready``: the only tile holds ``exp(S - reference_N)``.
+        """
+        ready = exponentials_ready and self.one_exponential
         for row in tiles.row_slices():
             scaled_ND = x_ND[row] * scale
             for column in tiles.column_slices():
-                logits_NM = tiles.logits(scaled_ND, y_MD[column])
-                self._to_gradient(row, column, logits_NM, tiles.scratch(logits_NM))
-                d_row_ND[row].addmm_(logits_NM, y_MD[column], beta=float(column.start > 0))
+                tile_NM = tiles.last(scaled_ND, y_MD) if ready else tiles.logits(scaled_ND, y_MD[column])
+                self._to_gradient(row, column, tile_NM, tiles.scratch(tile_NM), ready)
+                d_row_ND[row].addmm_(tile_NM, y_MD[column], beta=float(column.start > 0))
                 if d_text_MD is not None:
-                    d_text_MD[column].addmm_(logits_NM.T, scaled_ND)
+                    d_text_MD[column].addmm_(tile_NM.T, scaled_ND)
         if self.smoothing:
             self._smooth(x_ND, y_MD, scale, d_row_ND, d_text_MD)
 
-    def _to_gradient(self, row: slice, column: slice, logits_NM: Tensor, scratch_NM: Tensor) -> None:
-        """Turn a tile of logits into the tile of their gradients, in place, but for label smoothing's constants."""
+    def _to_gradient(self, row: slice, column: slice, logits_NM: Tensor, scratch_NM: Tensor, ready: bool) -> None:
+        """Turn a tile of logits (or their exponentials) into that of their gradients, but for smoothing's constants."""
         weight_row, weight_column = self.weight_N[row], self.weight_M[column]
-        lse_row, lse_column = self.lse_N[row], self.lse_M[column]
         factor_row, factor_column = self.factor_N[row], self.factor_M[column]
+        reference_row, reference_column = self.reference_N[row], self.reference_M[column]
         if self.one_exponential:
             # exp(S - c) = exp(S - r) exp(r - c), and the second factor is a product of a row's and a column's number.
             torch.mm(
-                torch.stack([factor_row, (lse_row - self.largest).exp()], dim=1),
-                torch.stack([torch.ones_like(factor_column), factor_column * (self.largest - lse_column).exp()]),
+                torch.stack([factor_row, (reference_row - self.largest).exp()], dim=1),
+                torch.stack([torch.ones_like(factor_column), factor_column * (self.largest - reference_column).exp()]),
                 out=scratch_NM,
             )
-            logits_NM.sub_(lse_row[:, None]).exp_().mul_(scratch_NM)
+            if not ready:
+                logits_NM.sub_(reference_row[:, None]).exp_()
+            logits_NM.mul_(scratch_NM)
         else:
-            torch.sub(logits_NM, lse_column, out=scratch_NM).exp_()
-            logits_NM.sub_(lse_row[:, None]).exp_().mul_(factor_row[:, None]).addcmul_(scratch_NM, factor_column)
+            torch.sub(logits_NM, reference_column, out=scratch_NM).exp_()
+            logits_NM.sub_(reference_row[:, None]).exp_()
+            logits_NM.mul_(factor_row[:, None]).addcmul_(scratch_NM, factor_column)
         if self.row_offset is None:
             return
         offset = row.start + self.row_offset - column.start

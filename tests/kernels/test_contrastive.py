@@ -481,7 +481,7 @@ def test_nothing_quadratic_is_saved_for_backward(loss: Callable[..., Tensor]) ->
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         loss(*inputs, leaf(torch.tensor(8.0)))
-    assert 0 < sum(saved) < 100 * 900
+    assert 0 < sum(saved) < 900 * 900 / 4
 
 
 # --- operations -------------------------------------------------------------------------------------------------------
