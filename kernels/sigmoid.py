@@ -36,10 +36,10 @@ def _forward_backward(
     normalize: bool,
     need_grad: bool,
     workspace: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and its gradients to the images, the texts, the scale and the bias (empty, or zero, if not needed)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(3): the loss and its gradients to scale and bias; those to images and texts (empty if not needed)."""
     with torch.no_grad(), torch.autocast(image_ND.device.type, enabled=False):
-        return implementation(image_ND).sigmoid_forward_backward(
+        loss, d_image, d_text, d_scale, d_bias = implementation(image_ND).sigmoid_forward_backward(
             image_ND,
             text_MD,
             scale,
@@ -49,6 +49,7 @@ def _forward_backward(
             need_grad=need_grad,
             workspace=workspace,
         )
+        return torch.stack([loss, d_scale, d_bias]), d_image, d_text
 
 
 @_forward_backward.register_fake
@@ -61,10 +62,10 @@ def _(
     normalize: bool,
     need_grad: bool,
     workspace: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(image_ND)
     d_image, d_text = (side.new_empty(side.shape if need_grad else (0,), dtype=dtype) for side in (image_ND, text_MD))
-    return torch.empty_like(scale), d_image, d_text, torch.empty_like(scale), torch.empty_like(bias)
+    return scale.new_empty(3), d_image, d_text
 
 
 @torch.library.custom_op("rocket_fast::scaled_gradient", mutates_args=())
@@ -79,18 +80,18 @@ def _(gradient: Tensor, factor: Tensor, like: Tensor) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    _, *gradients = output
-    ctx.save_for_backward(*inputs[:4], *gradients)
-    ctx.mark_non_differentiable(*gradients)
+    numbers_3, d_image, d_text = output
+    ctx.save_for_backward(*inputs[:4], d_image, d_text, *numbers_3[1:].detach())
+    ctx.mark_non_differentiable(d_image, d_text)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, d_numbers_3: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # once: checkpointing recomputes what it unpacks
     inputs, gradients = saved[:4], saved[4:]
-    wanted = [needed and d_loss is not None for needed in ctx.needs_input_grad[:4]]
+    wanted = [needed and d_numbers_3 is not None for needed in ctx.needs_input_grad[:4]]
     own = [
-        _scaled_gradient(gradient, d_loss, like) if want else None
+        _scaled_gradient(gradient, d_numbers_3[0], like) if d_numbers_3 is not None and want else None
         for want, gradient, like in zip(wanted, gradients, inputs, strict=True)
     ]
     return (*own, *(None,) * 4)
@@ -147,4 +148,4 @@ def siglip_loss(
     image, text = as_factors("image_ND", image_ND, "text_MD", text_MD)
     scale, bias = as_number(logit_scale, image), as_number(logit_bias, image)
     options = (int(row_offset), normalize, wanted(image, text, scale, bias), workspace_bytes(workspace_mib))
-    return _forward_backward(image, text, scale, bias, *options)[0]
+    return _forward_backward(image, text, scale, bias, *options)[0][0]

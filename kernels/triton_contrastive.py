@@ -42,9 +42,8 @@ LOWEST = tl.constexpr(-1e38)  # below every logit, and finite: its difference fr
 SMALLEST_NORM = tl.constexpr(1e-12)  # as in torch.nn.functional.normalize
 
 # Rows and columns of a tile share one exponential, taken relative to one number, while their references are no further
-# apart than this (nats). Forward: what is lost to underflow is below e^-27 of its row's sum. Backward: below e^-87.
-FORWARD_SPREAD = tl.constexpr(60.0)
-BACKWARD_SPREAD = tl.constexpr(80.0)
+# apart than this (nats): exponents are rounded in proportion to their size. The range of float32 would allow 60.
+SPREAD = tl.constexpr(16.0)
 
 # --- kernels: shared parts --------------------------------------------------------------------------------------------
 
@@ -126,23 +125,17 @@ def _join(reference: t.Any, total: t.Any, other_reference: t.Any, other_total: t
 
 
 @triton.jit
-def _load_part(ptrs: t.Any, stride: t.Any, mask: t.Any, DIAGONAL: tl.constexpr) -> Any:
+def _load_part(ptrs: t.Any, stride: t.Any, mask: t.Any) -> Any:
     reference = tl.load(ptrs, mask=mask, other=LOWEST)
     total = tl.load(ptrs + stride, mask=mask, other=0.0)
-    rival = reference
-    if DIAGONAL:
-        rival = tl.load(ptrs + 2 * stride, mask=mask, other=LOWEST)
-    return reference, total, rival
+    return reference, total, tl.load(ptrs + 2 * stride, mask=mask, other=LOWEST)
 
 
 @triton.jit
-def _store_part(
-    ptrs: t.Any, stride: t.Any, mask: t.Any, reference: t.Any, total: t.Any, rival: t.Any, DIAGONAL: tl.constexpr
-) -> None:
+def _store_part(ptrs: t.Any, stride: t.Any, mask: t.Any, reference: t.Any, total: t.Any, rival: t.Any) -> None:
     tl.store(ptrs, reference, mask=mask)
     tl.store(ptrs + stride, total, mask=mask)
-    if DIAGONAL:
-        tl.store(ptrs + 2 * stride, rival, mask=mask)
+    tl.store(ptrs + 2 * stride, rival, mask=mask)
 
 
 @triton.jit
@@ -228,17 +221,17 @@ def _forward_kernel(
             all_ok = all_columns < M
             tl.debug_barrier()  # other threads of this program stored what is loaded next
             old, old_sum, old_rival = _load_part(
-                column_part_ptr + all_columns, column_stride, all_ok & (block_row > row_block + 1), DIAGONAL
+                column_part_ptr + all_columns, column_stride, all_ok & (block_row > row_block + 1)
             )
             last, last_sum, last_rival = _load_part(
-                column_part_ptr + M + all_columns, column_stride, all_ok & (block_row > row_block), DIAGONAL
+                column_part_ptr + M + all_columns, column_stride, all_ok & (block_row > row_block)
             )
 
             products = _products(x_ptr, y_ptr, first_row, first_column, N, M, D, ROWS, COLUMNS, WIDTH)
 
             old, old_sum = _join(old, old_sum, last, last_sum)
             old_rival = tl.maximum(old_rival, last_rival)
-            _store_part(column_part_ptr + all_columns, column_stride, all_ok, old, old_sum, old_rival, DIAGONAL)
+            _store_part(column_part_ptr + all_columns, column_stride, all_ok, old, old_sum, old_rival)
             factor = tl.zeros((ROWS,), tl.float32) + scale
             if NORMALIZE:
                 factor *= tl.load(inverse_x_ptr + image * N + rows, mask=row_ok, other=0.0)
@@ -258,15 +251,16 @@ def _forward_kernel(
                     logits = tl.where(row_ok[:, None] & column_ok[None, :], logits, LOWEST)
                 column_max = tl.max(logits, 0)
                 bottom = tl.minimum(bottom, tl.min(tl.where(column_ok, column_max, float("inf")), 0))
+                column_rival = column_max
                 if DIAGONAL:
                     column_rival = tl.where(below, _just_below(column_max), LOWEST)
                     column_rival = tl.where(above, column_max, column_rival)
-                    tl.store(column_part_ptr + M + columns + 2 * column_stride, column_rival, mask=column_ok)
+                tl.store(column_part_ptr + M + columns + 2 * column_stride, column_rival, mask=column_ok)
                 row_max = tl.maximum(row_max, tl.max(logits, 1))
                 scaled = scaled + (logits,)  # noqa: RUF005  (kernels know no starred expressions)
 
             top = tl.max(row_max, 0)
-            near = top - tl.minimum(bottom, tl.min(tl.where(row_ok, row_max, top), 0)) <= FORWARD_SPREAD
+            near = top - tl.minimum(bottom, tl.min(tl.where(row_ok, row_max, top), 0)) <= SPREAD
             row_sum = tl.zeros((ROWS,), tl.float32)
             for slab in tl.static_range(SLABS):
                 columns = first_column + slab * SLAB + tl.arange(0, SLAB)
@@ -275,9 +269,9 @@ def _forward_kernel(
                 )
             reference, total = _join(reference, total, tl.where(near, top, row_max), row_sum)
             if DIAGONAL:
-                row_rival = tl.where(above, _just_below(row_max), LOWEST)
-                rival = tl.maximum(rival, tl.where(below, row_max, row_rival))
-        _store_part(row_part_ptr + rows, row_stride, row_ok, reference, total, rival, DIAGONAL)
+                row_max = tl.where(below, row_max, tl.where(above, _just_below(row_max), LOWEST))
+            rival = tl.maximum(rival, row_max)
+        _store_part(row_part_ptr + rows, row_stride, row_ok, reference, total, rival)
 
 
 @triton.jit(do_not_specialize=["N", "M", "text_views", "row_offset", "first_tile"])
@@ -346,9 +340,9 @@ def _diagonal_kernel(
 
 @triton.jit
 def _join_side(
-    part_ptr: t.Any, lse_ptr: t.Any, positive_ptr: t.Any, rival_ptr: t.Any, term_ptr: t.Any, smoothing_ptr: t.Any,
-    pair: t.Any, pairs: t.Any, first: t.Any, parts: t.Any, size: t.Any, other_size: t.Any, offset: t.Any,
-    first_tile: t.Any, crossings: t.Any,
+    part_ptr: t.Any, lse_ptr: t.Any, top_ptr: t.Any, positive_ptr: t.Any, rival_ptr: t.Any, term_ptr: t.Any,
+    smoothing_ptr: t.Any, pair: t.Any, pairs: t.Any, first: t.Any, parts: t.Any, size: t.Any, other_size: t.Any,
+    offset: t.Any, first_tile: t.Any, crossings: t.Any,
     BY_ROW: tl.constexpr, DIAGONAL: tl.constexpr, SMOOTH: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """Log-sum-exps of a block of rows (or columns) from their parts; the block's share of loss and accuracy."""
@@ -356,15 +350,17 @@ def _join_side(
     ok = index < size
     ptrs = part_ptr + (pair * parts).to(tl.int64) * size + index
     stride = (pairs * parts).to(tl.int64) * size
-    reference, total, rival = _load_part(ptrs, stride, ok, DIAGONAL)
+    reference, total, rival = _load_part(ptrs, stride, ok)
     for _ in range(1, parts):
         ptrs += size
-        part, part_sum, part_rival = _load_part(ptrs, stride, ok, DIAGONAL)
+        part, part_sum, part_rival = _load_part(ptrs, stride, ok)
         reference, total = _join(reference, total, part, part_sum)
         rival = tl.maximum(rival, part_rival)
-    lse = reference + tl.log(tl.where(ok, total, 1.0))
-    tl.store(lse_ptr + pair.to(tl.int64) * size + index, lse, mask=ok)
-    if DIAGONAL:
+    excess = tl.log(tl.where(ok, total, 1.0))
+    tl.store(lse_ptr + pair.to(tl.int64) * size + index, reference.to(tl.float64) + excess.to(tl.float64), mask=ok)
+    if not DIAGONAL:
+        tl.store(top_ptr + pair.to(tl.int64) * size + index, rival, mask=ok)
+    else:
         partner = index + offset
         matched = ok & (partner >= 0) & (partner < other_size)
         if BY_ROW:
@@ -378,7 +374,7 @@ def _join_side(
                 known = ok & (row_tile >= 0) & (row_tile < tl.cdiv(other_size, TILE))
             ptrs = rival_ptr + (pair * crossings + crossed).to(tl.int64) * size + index
             rival = tl.maximum(rival, tl.load(ptrs, mask=known, other=LOWEST))
-        loss = lse - positive
+        loss = (reference - positive) + excess
         if SMOOTH:
             loss += tl.load(smoothing_ptr + pair) * positive
         right = matched & (positive > rival)
@@ -393,8 +389,10 @@ def _join_kernel(
     positive_ptr: t.Any,  # of _diagonal_kernel, read if DIAGONAL
     row_rival_ptr: t.Any,
     column_rival_ptr: t.Any,
-    lse_image_ptr: t.Any,  # (A * B, N)
-    lse_text_ptr: t.Any,  # (A * B, M)
+    lse_image_ptr: t.Any,  # (A * B, N), float64
+    lse_text_ptr: t.Any,  # (A * B, M), float64
+    top_image_ptr: t.Any,  # (A * B, N), written unless DIAGONAL
+    top_text_ptr: t.Any,  # (A * B, M)
     term_ptr: t.Any,  # (A * B, blocks of rows then of columns, 2), written if DIAGONAL: loss, number of right picks
     smoothing_ptr: t.Any,  # (A * B), read if SMOOTH
     N: t.Any,
@@ -415,14 +413,15 @@ def _join_kernel(
     term_ptr += 2 * (pair * tl.num_programs(0) + block)
     if block < row_blocks:
         _join_side(
-            row_part_ptr, lse_image_ptr, positive_ptr, row_rival_ptr, term_ptr, smoothing_ptr, pair, pairs,
-            block * BLOCK, row_parts, N, M, row_offset, first_tile, crossings, True, DIAGONAL, SMOOTH, TILE, BLOCK,
+            row_part_ptr, lse_image_ptr, top_image_ptr, positive_ptr, row_rival_ptr, term_ptr, smoothing_ptr, pair,
+            pairs, block * BLOCK, row_parts, N, M, row_offset, first_tile, crossings, True, DIAGONAL, SMOOTH, TILE,
+            BLOCK,
         )  # fmt: skip
     else:
         _join_side(
-            column_part_ptr, lse_text_ptr, positive_ptr, column_rival_ptr, term_ptr, smoothing_ptr, pair, pairs,
-            (block - row_blocks) * BLOCK, column_parts, M, N, -row_offset, first_tile, crossings, False, DIAGONAL,
-            SMOOTH, TILE, BLOCK,
+            column_part_ptr, lse_text_ptr, top_text_ptr, positive_ptr, column_rival_ptr, term_ptr, smoothing_ptr, pair,
+            pairs, (block - row_blocks) * BLOCK, column_parts, M, N, -row_offset, first_tile, crossings, False,
+            DIAGONAL, SMOOTH, TILE, BLOCK,
         )  # fmt: skip
 
 
@@ -549,17 +548,25 @@ def _unit_kernel(
 
 @triton.jit
 def _softmax_gradient(
-    logits: t.Any, lse_row: t.Any, lse_column: t.Any, weight_row: t.Any, weight_column: t.Any, least: t.Any, near: t.Any
+    logits: t.Any, lse_row: t.Any, lse_column: t.Any, factor_row: t.Any, factor_column: t.Any, least: t.Any, near: t.Any
 ) -> Any:
-    """``w_i exp(S_ij - r_i) + w_j exp(S_ij - c_j)``; one exponential an entry if all r and c are near ``least``."""
+    """``f_i exp(S_ij - r_i) + f_j exp(S_ij - c_j)``; one exponential an entry if all r and c are near ``least``."""
     if near:
-        by_row = weight_row * tl.exp2((least - lse_row) * LOG2E)
-        by_column = weight_column * tl.exp2((least - lse_column) * LOG2E)
+        by_row = factor_row * tl.exp2((least - lse_row) * LOG2E)
+        by_column = factor_column * tl.exp2((least - lse_column) * LOG2E)
         gradient = tl.exp2((logits - least) * LOG2E) * (by_row[:, None] + by_column[None, :])
     else:
-        gradient = weight_row[:, None] * tl.exp2((logits - lse_row[:, None]) * LOG2E)
-        gradient += weight_column[None, :] * tl.exp2((logits - lse_column[None, :]) * LOG2E)
+        gradient = factor_row[:, None] * tl.exp2((logits - lse_row[:, None]) * LOG2E)
+        gradient += factor_column[None, :] * tl.exp2((logits - lse_column[None, :]) * LOG2E)
     return gradient
+
+
+@triton.jit
+def _load_lse(ptrs: t.Any, mask: t.Any) -> Any:
+    """A log-sum-exp rounded to float32, and ``exp`` of what rounding it took."""
+    exact = tl.load(ptrs, mask=mask, other=0.0)
+    rounded = exact.to(tl.float32)
+    return rounded, tl.exp2((rounded.to(tl.float64) - exact).to(tl.float32) * LOG2E)
 
 
 @triton.jit
@@ -583,8 +590,8 @@ def _gradient_kernel(
     inverse_y_ptr: t.Any,  # (B, M)
     scale_ptr: t.Any,  # (A, B)
     bias_ptr: t.Any,  # (1), read if SIGMOID
-    lse_image_ptr: t.Any,  # (A, B, N), read unless SIGMOID
-    lse_text_ptr: t.Any,  # (A, B, M)
+    lse_image_ptr: t.Any,  # (A, B, N), float64, read unless SIGMOID
+    lse_text_ptr: t.Any,  # (A, B, M), float64
     weight_image_ptr: t.Any,  # (A, B, N) with strides ia, ib, i_n
     weight_text_ptr: t.Any,  # (A, B, M) with strides ta, tb, tm
     smoothing_ptr: t.Any,  # (A * B), read if SMOOTH
@@ -655,7 +662,7 @@ def _gradient_kernel(
         bias = tl.load(bias_ptr)
         to_chunk = inverse_x * (scale * unit)
     else:
-        lse_row = tl.load(lse_image_ptr + pair.to(tl.int64) * N + rows, mask=row_ok, other=0.0)
+        lse_row, correction_row = _load_lse(lse_image_ptr + pair.to(tl.int64) * N + rows, row_ok)
         least_row = tl.min(tl.where(row_ok, lse_row, float("inf")), 0)
         most_row = tl.max(tl.where(row_ok, lse_row, -float("inf")), 0)
         lse_text_ptr += pair.to(tl.int64) * M
@@ -699,13 +706,14 @@ def _gradient_kernel(
             loss_sum += tl.sum(loss, 1)
             gradient_sum += tl.sum(gradient, 1)
         else:
-            lse_column = tl.load(lse_text_ptr + columns, mask=column_ok, other=0.0)
+            lse_column, correction_column = _load_lse(lse_text_ptr + columns, column_ok)
             weight_column = unit * tl.load(weight_text_ptr + columns.to(tl.int64) * tm, mask=column_ok, other=0.0)
             least = tl.minimum(least_row, tl.min(tl.where(column_ok, lse_column, float("inf")), 0))
             most = tl.maximum(most_row, tl.max(tl.where(column_ok, lse_column, -float("inf")), 0))
             gradient = _softmax_gradient(
-                cosines * scale, lse_row, lse_column, weight_row, weight_column, least, most - least <= BACKWARD_SPREAD
-            )
+                cosines * scale, lse_row, lse_column, weight_row * correction_row, weight_column * correction_column,
+                least, most - least <= SPREAD,
+            )  # fmt: skip
             if SMOOTH:
                 gradient -= (weight_row * (smoothing / M))[:, None] + (weight_column * (smoothing / N))[None, :]
             if DIAGONAL and crossing:
@@ -1114,8 +1122,8 @@ def contrastive_forward(
     diagonal: bool,
     normalize: bool,
     workspace: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sum-exps of rows and columns of every pair of views, and losses and accuracies; at most 6 launches.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log-sum-exps and maxima of rows and columns of every pair, losses and accuracies; at most 6 launches.
 
     Args:
         image_AND, text_BMD: of one dtype, float32, bfloat16 or float16; any strides.
@@ -1127,8 +1135,9 @@ def contrastive_forward(
         workspace: bytes that partial statistics may take (12 a row, 24 a column and pair they always take).
 
     Returns:
-        (A, B, N), (A, B, M) and (A, B, 4), float32; the last holds loss_image, loss_text (means over the rows, or
-        columns, with a positive) and the accuracies in percent; of equal logits the first is the pick.
+        Log-sum-exps (A, B, N) and (A, B, M) in float64 (their rounding would be an error of every probability); maxima
+        (A, B, N) and (A, B, M), undefined with ``diagonal``; and (A, B, 4): loss_image, loss_text (means over the rows,
+        or columns, with a positive) and the accuracies in percent; of equal logits the first is the pick.
     """
     smooth = diagonal and any(smoothing)
     with _on(image_AND):
@@ -1149,8 +1158,8 @@ class _Statistics:
         tile, pairs, new = self.config.rows, problem.pairs, problem.scale.new_empty
         self.high = _ceil(_ceil(problem.N, tile), self.super_tile[0])
         self.wide = _ceil(_ceil(problem.M, tile), self.super_tile[1])
-        self.row_part = new(3 if diagonal else 2, pairs, self.wide, problem.N)
-        self.column_part = new(3 if diagonal else 2, pairs, 2 * self.high, problem.M)
+        self.row_part = new(3, pairs, self.wide, problem.N)
+        self.column_part = new(3, pairs, 2 * self.high, problem.M)
         self.first_tile, remainder = divmod(problem.row_offset, tile)
         self.crossings = 2 if remainder else 1
         self.positive = new(pairs, problem.N if diagonal else 0)
@@ -1173,28 +1182,30 @@ class _Statistics:
                 self.first_tile, problem.folded, *config.tile, **config.built,
             )  # fmt: skip
 
-    def join(self, smoothing: Tensor, smooth: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-sum-exps and terms."""
+    def join(self, smoothing: Tensor, smooth: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Log-sum-exps, maxima and terms."""
         problem = self.problem
         A, B, N, M = problem.A, problem.B, problem.N, problem.M
-        lse_image, lse_text = problem.scale.new_empty(A, B, N), problem.scale.new_empty(A, B, M)
+        new = problem.scale.new_empty
+        lse = new(A, B, N, dtype=torch.float64), new(A, B, M, dtype=torch.float64)
+        top = new(A, B, N), new(A, B, M)
         row_blocks, column_blocks = _ceil(N, VECTOR_BLOCK), _ceil(M, VECTOR_BLOCK)
-        term = problem.scale.new_empty(problem.pairs, row_blocks + column_blocks, 2)
+        term = new(problem.pairs, row_blocks + column_blocks, 2)
         _launch(
             _join_kernel, (row_blocks + column_blocks, problem.pairs), self.row_part, self.column_part, self.positive,
-            self.row_rival, self.column_rival, lse_image, lse_text, term, smoothing, N, M, problem.row_offset,
-            self.wide, 2 * self.high, self.first_tile, self.crossings, self.diagonal, smooth, self.config.rows,
-            VECTOR_BLOCK, num_warps=VECTOR_WARPS,
+            self.row_rival, self.column_rival, *lse, *top, term, smoothing, N, M, problem.row_offset, self.wide,
+            2 * self.high, self.first_tile, self.crossings, self.diagonal, smooth, self.config.rows, VECTOR_BLOCK,
+            num_warps=VECTOR_WARPS,
         )  # fmt: skip
         if not self.diagonal:
-            return lse_image, lse_text, problem.scale.new_zeros(A, B, 4)
-        terms = problem.scale.new_empty(A, B, 4)
+            return *lse, *top, problem.scale.new_zeros(A, B, 4)
+        terms = new(A, B, 4)
         _launch(
             _terms_kernel, (problem.pairs,), term, problem.x_sums, problem.y_sums, problem.scale, smoothing, terms,
             N, M, problem.D, B, problem.positives, row_blocks, column_blocks, _ceil(N, CHUNK), _ceil(M, CHUNK), smooth,
             ROW_WIDTH, VECTOR_BLOCK, num_warps=VECTOR_WARPS,
         )  # fmt: skip
-        return lse_image, lse_text, terms
+        return *lse, *top, terms
 
 
 @dataclass(frozen=True)

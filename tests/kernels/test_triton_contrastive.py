@@ -1,4 +1,4 @@
-"""The Triton kernels against float64: in Triton's interpreter, in a process of its own, and on a GPU if there is one."""
+"""The Triton kernels against float64: in Triton's interpreter, in a process of its own, and on a GPU if there is."""
 
 import dataclasses
 import itertools
@@ -69,6 +69,10 @@ class Problem:
         }
 
     def forward(self, workspace=64 * MIB):
+        lse_image, lse_text, *_, terms = self.statistics(workspace)
+        return lse_image, lse_text, terms
+
+    def statistics(self, workspace=64 * MIB):
         return kernels.contrastive_forward(self.image, self.text, self.scale, workspace=workspace, **self.options)
 
     def backward(self, lse, weights, workspace=64 * MIB, need_image=True, need_text=True):
@@ -444,7 +448,7 @@ def test_launches(views, normalize, smoothing):
     """As many for stacks of views as for one pair. (Launches are counted, not made.)"""
     problem = make(64, 64, 16, views, normalize=normalize, smoothing=smoothing)
     problem.smoothing = [smoothing] * len(problem.smoothing)
-    lse = torch.zeros(*views, 64), torch.zeros(*views, 64)
+    lse = torch.zeros(*views, 64, dtype=torch.float64), torch.zeros(*views, 64, dtype=torch.float64)
     weights = [torch.ones(1, 1, 1).expand(*views, 64)] * 2
     rows = normalize or smoothing > 0
     assert len(count(problem.forward)) == 4 + rows + (smoothing > 0) <= 6
@@ -565,8 +569,8 @@ def test_more_than_2_31_entries():
     lse_image, lse_text, _ = problem.forward()
     x, y = problem.image[0].double(), problem.text[0].double()
     pick = torch.tensor([0, 1, 32_767, 65_535], device="cuda")
-    torch.testing.assert_close(lse_image[0, 0, pick].double(), (50 * x[pick] @ y.T).logsumexp(1), rtol=1e-6, atol=1e-4)
-    torch.testing.assert_close(lse_text[0, 0, pick].double(), (50 * y[pick] @ x.T).logsumexp(1), rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(lse_image[0, 0, pick], (50 * x[pick] @ y.T).logsumexp(1), rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(lse_text[0, 0, pick], (50 * y[pick] @ x.T).logsumexp(1), rtol=1e-6, atol=1e-4)
     ones = torch.full((1, 1, 1), 1 / 65_536, device="cuda").expand(1, 1, 65_536)
     d_image, _, _ = problem.backward((lse_image, lse_text), (ones, ones))
     logits = 50 * x[pick] @ y.T
