@@ -125,11 +125,12 @@ def _run_operations(case: Case) -> None:
     """Every operation once, forward and backward, on tensors that hold nothing."""
     samples = 4096 if case.size == "large" else 64
     x = torch.empty(1, samples, case.D, dtype=DTYPES[case.dtype], device="meta")
-    one, lse = x.new_empty(1, 1, dtype=torch.float32), x.new_empty(1, 1, samples, dtype=torch.float32)
+    one, weight = x.new_empty(1, 1, dtype=torch.float32), x.new_empty(1, 1, samples, dtype=torch.float32)
+    lse = weight.double()
     shared: dict[str, Any] = {"row_offset": 0, "normalize": case.normalize, "workspace": 2**26}
     softmax: dict[str, Any] = {"smoothing": [case.smoothing], "diagonal": True, **shared}
     contrastive.contrastive_forward(x, x, one, **softmax)
-    contrastive.contrastive_backward(x, x, one, lse, lse, lse, lse, need_image=True, need_text=True, **softmax)
+    contrastive.contrastive_backward(x, x, one, lse, lse, weight, weight, need_image=True, need_text=True, **softmax)
     if not case.smoothing:
         contrastive.sigmoid_forward_backward(x[0], x[0], one, one, need_grad=True, **shared)
 
@@ -154,7 +155,7 @@ def _specialisation(parameter: Any, value: Any) -> tuple[str, bool, bool]:
     if parameter.is_constexpr:
         return "constexpr", True, False
     if isinstance(value, torch.Tensor):
-        names = {torch.float32: "fp32", **{dtype: name for name, dtype in DTYPES.items()}}
+        names = {torch.float64: "fp64", **{dtype: name for name, dtype in DTYPES.items()}}
         return f"*{names[value.dtype]}", False, True
     if isinstance(value, float):
         return "fp32", False, False

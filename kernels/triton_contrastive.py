@@ -125,17 +125,26 @@ def _join(reference: t.Any, total: t.Any, other_reference: t.Any, other_total: t
 
 
 @triton.jit
-def _load_part(ptrs: t.Any, stride: t.Any, mask: t.Any) -> Any:
+def _load_part(ptrs: t.Any, stride: t.Any, mask: t.Any, DIAGONAL: tl.constexpr) -> Any:
     reference = tl.load(ptrs, mask=mask, other=LOWEST)
     total = tl.load(ptrs + stride, mask=mask, other=0.0)
-    return reference, total, tl.load(ptrs + 2 * stride, mask=mask, other=LOWEST)
+    maximum = tl.load(ptrs + 2 * stride, mask=mask, other=LOWEST)
+    rival = maximum
+    if DIAGONAL:
+        rival = tl.load(ptrs + 3 * stride, mask=mask, other=LOWEST)
+    return reference, total, maximum, rival
 
 
 @triton.jit
-def _store_part(ptrs: t.Any, stride: t.Any, mask: t.Any, reference: t.Any, total: t.Any, rival: t.Any) -> None:
+def _store_part(
+    ptrs: t.Any, stride: t.Any, mask: t.Any, reference: t.Any, total: t.Any, maximum: t.Any, rival: t.Any,
+    DIAGONAL: tl.constexpr,
+) -> None:  # fmt: skip
     tl.store(ptrs, reference, mask=mask)
     tl.store(ptrs + stride, total, mask=mask)
-    tl.store(ptrs + 2 * stride, rival, mask=mask)
+    tl.store(ptrs + 2 * stride, maximum, mask=mask)
+    if DIAGONAL:
+        tl.store(ptrs + 3 * stride, rival, mask=mask)
 
 
 @triton.jit
@@ -214,24 +223,26 @@ def _forward_kernel(
         row_ok = rows < N
         reference = tl.full((ROWS,), LOWEST, tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
-        rival = reference
+        maximum, rival = reference, reference
         for block_column in range(column_block, min(column_block + super_columns, column_blocks)):
             first_column = block_column * COLUMNS
             all_columns = first_column + tl.arange(0, COLUMNS)
             all_ok = all_columns < M
             tl.debug_barrier()  # other threads of this program stored what is loaded next
-            old, old_sum, old_rival = _load_part(
-                column_part_ptr + all_columns, column_stride, all_ok & (block_row > row_block + 1)
+            old, old_sum, old_max, old_rival = _load_part(
+                column_part_ptr + all_columns, column_stride, all_ok & (block_row > row_block + 1), DIAGONAL
             )
-            last, last_sum, last_rival = _load_part(
-                column_part_ptr + M + all_columns, column_stride, all_ok & (block_row > row_block)
+            last, last_sum, last_max, last_rival = _load_part(
+                column_part_ptr + M + all_columns, column_stride, all_ok & (block_row > row_block), DIAGONAL
             )
 
             products = _products(x_ptr, y_ptr, first_row, first_column, N, M, D, ROWS, COLUMNS, WIDTH)
 
             old, old_sum = _join(old, old_sum, last, last_sum)
-            old_rival = tl.maximum(old_rival, last_rival)
-            _store_part(column_part_ptr + all_columns, column_stride, all_ok, old, old_sum, old_rival)
+            old_max, old_rival = tl.maximum(old_max, last_max), tl.maximum(old_rival, last_rival)
+            _store_part(
+                column_part_ptr + all_columns, column_stride, all_ok, old, old_sum, old_max, old_rival, DIAGONAL
+            )
             factor = tl.zeros((ROWS,), tl.float32) + scale
             if NORMALIZE:
                 factor *= tl.load(inverse_x_ptr + image * N + rows, mask=row_ok, other=0.0)
@@ -251,11 +262,12 @@ def _forward_kernel(
                     logits = tl.where(row_ok[:, None] & column_ok[None, :], logits, LOWEST)
                 column_max = tl.max(logits, 0)
                 bottom = tl.minimum(bottom, tl.min(tl.where(column_ok, column_max, float("inf")), 0))
-                column_rival = column_max
+                last_ptrs = column_part_ptr + M + columns
+                tl.store(last_ptrs + 2 * column_stride, column_max, mask=column_ok)
                 if DIAGONAL:
                     column_rival = tl.where(below, _just_below(column_max), LOWEST)
                     column_rival = tl.where(above, column_max, column_rival)
-                tl.store(column_part_ptr + M + columns + 2 * column_stride, column_rival, mask=column_ok)
+                    tl.store(last_ptrs + 3 * column_stride, column_rival, mask=column_ok)
                 row_max = tl.maximum(row_max, tl.max(logits, 1))
                 scaled = scaled + (logits,)  # noqa: RUF005  (kernels know no starred expressions)
 
@@ -268,10 +280,11 @@ def _forward_kernel(
                     scaled[slab], row_max, top, near, columns < M, column_part_ptr + M + columns, column_stride
                 )
             reference, total = _join(reference, total, tl.where(near, top, row_max), row_sum)
+            maximum = tl.maximum(maximum, row_max)
             if DIAGONAL:
-                row_max = tl.where(below, row_max, tl.where(above, _just_below(row_max), LOWEST))
-            rival = tl.maximum(rival, row_max)
-        _store_part(row_part_ptr + rows, row_stride, row_ok, reference, total, rival)
+                row_rival = tl.where(above, _just_below(row_max), LOWEST)
+                rival = tl.maximum(rival, tl.where(below, row_max, row_rival))
+        _store_part(row_part_ptr + rows, row_stride, row_ok, reference, total, maximum, rival, DIAGONAL)
 
 
 @triton.jit(do_not_specialize=["N", "M", "text_views", "row_offset", "first_tile"])
@@ -350,17 +363,16 @@ def _join_side(
     ok = index < size
     ptrs = part_ptr + (pair * parts).to(tl.int64) * size + index
     stride = (pairs * parts).to(tl.int64) * size
-    reference, total, rival = _load_part(ptrs, stride, ok)
+    reference, total, maximum, rival = _load_part(ptrs, stride, ok, DIAGONAL)
     for _ in range(1, parts):
         ptrs += size
-        part, part_sum, part_rival = _load_part(ptrs, stride, ok)
+        part, part_sum, part_max, part_rival = _load_part(ptrs, stride, ok, DIAGONAL)
         reference, total = _join(reference, total, part, part_sum)
-        rival = tl.maximum(rival, part_rival)
+        maximum, rival = tl.maximum(maximum, part_max), tl.maximum(rival, part_rival)
     excess = tl.log(tl.where(ok, total, 1.0))
     tl.store(lse_ptr + pair.to(tl.int64) * size + index, reference.to(tl.float64) + excess.to(tl.float64), mask=ok)
-    if not DIAGONAL:
-        tl.store(top_ptr + pair.to(tl.int64) * size + index, rival, mask=ok)
-    else:
+    tl.store(top_ptr + pair.to(tl.int64) * size + index, maximum, mask=ok)
+    if DIAGONAL:
         partner = index + offset
         matched = ok & (partner >= 0) & (partner < other_size)
         if BY_ROW:
@@ -391,7 +403,7 @@ def _join_kernel(
     column_rival_ptr: t.Any,
     lse_image_ptr: t.Any,  # (A * B, N), float64
     lse_text_ptr: t.Any,  # (A * B, M), float64
-    top_image_ptr: t.Any,  # (A * B, N), written unless DIAGONAL
+    top_image_ptr: t.Any,  # (A * B, N): maxima
     top_text_ptr: t.Any,  # (A * B, M)
     term_ptr: t.Any,  # (A * B, blocks of rows then of columns, 2), written if DIAGONAL: loss, number of right picks
     smoothing_ptr: t.Any,  # (A * B), read if SMOOTH
@@ -1103,7 +1115,7 @@ def _super_tile(problem: _Problem, config: Config, workspace: int) -> tuple[int,
     while True:
         row_numbers = problem.N * _ceil(column_blocks, columns)
         column_numbers = 2 * problem.M * _ceil(row_blocks, rows)
-        fits = 12 * problem.pairs * (row_numbers + column_numbers) <= workspace
+        fits = 16 * problem.pairs * (row_numbers + column_numbers) <= workspace
         if fits or (rows == row_blocks and columns == column_blocks):
             return rows, columns
         if columns < column_blocks and (row_numbers >= column_numbers or rows == row_blocks):
@@ -1132,11 +1144,11 @@ def contrastive_forward(
         row_offset: row i's positive is column ``i + row_offset``.
         diagonal: whether there are positives; without, no smoothing either, and terms are zero.
         normalize: scale every row to unit length first, as ``torch.nn.functional.normalize`` does.
-        workspace: bytes that partial statistics may take (12 a row, 24 a column and pair they always take).
+        workspace: bytes that partial statistics may take (16 a row, 32 a column and pair they always take).
 
     Returns:
         Log-sum-exps (A, B, N) and (A, B, M) in float64 (their rounding would be an error of every probability); maxima
-        (A, B, N) and (A, B, M), undefined with ``diagonal``; and (A, B, 4): loss_image, loss_text (means over the rows,
+        (A, B, N) and (A, B, M); and (A, B, 4): loss_image, loss_text (means over the rows,
         or columns, with a positive) and the accuracies in percent; of equal logits the first is the pick.
     """
     smooth = diagonal and any(smoothing)
@@ -1158,8 +1170,8 @@ class _Statistics:
         tile, pairs, new = self.config.rows, problem.pairs, problem.scale.new_empty
         self.high = _ceil(_ceil(problem.N, tile), self.super_tile[0])
         self.wide = _ceil(_ceil(problem.M, tile), self.super_tile[1])
-        self.row_part = new(3, pairs, self.wide, problem.N)
-        self.column_part = new(3, pairs, 2 * self.high, problem.M)
+        self.row_part = new(4 if diagonal else 3, pairs, self.wide, problem.N)
+        self.column_part = new(4 if diagonal else 3, pairs, 2 * self.high, problem.M)
         self.first_tile, remainder = divmod(problem.row_offset, tile)
         self.crossings = 2 if remainder else 1
         self.positive = new(pairs, problem.N if diagonal else 0)

@@ -218,7 +218,7 @@ class _OneSided(torch.autograd.Function):
             log_ABM.log_()
             own_AB4[..., 1] += log_ABM.sum(-1)
             terms.append(own_AB4 / ranks.samples)
-            saved += [part.lse_image_ABN, bar_ABM + log_ABM]
+            saved += [part.lse_image_ABN, bar_ABM.double() + log_ABM]
         ctx.save_for_backward(*saved)
         ctx.ranks = ranks
         return tuple(terms)
@@ -258,7 +258,7 @@ class _OwnRows:
     def __init__(self, block: _Block, ranks: AllRanks) -> None:
         self.rows = block.image_AND.shape[1]
         self.first = ranks.first_row
-        self.lse_image_ABN, self.lse_text_ABM, _, top_ABM, self.terms_AB4 = operations._forward(
+        self.lse_image_ABN, self.lse_text_ABM, _, top_ABM, self.terms_AB4, *_ = operations._forward(
             *block, *_options(block.scale_AB, ranks), workspace_bytes(WORKSPACE_MIB)
         )
         self.right_ABN = _own_picks(block, self._own(top_ABM), self._own(block.text_BMD.mT).mT)
@@ -276,7 +276,7 @@ class _OwnRows:
         """What the ranks add up, given the highest bars of all: the columns' sums of exponentials, relative to those,
         and the terms (A, B, 4), times samples; to the text loss the logarithms of the former's totals are to be added.
         """
-        beyond_ABM = self.lse_text_ABM - highest_ABM
+        beyond_ABM = (self.lse_text_ABM - highest_ABM).to(highest_ABM.dtype)
         loss_image, loss_text, accuracy_image, accuracy_text = (self.rows * self.terms_AB4).unbind(-1)
         loss_text = loss_text - self._own(beyond_ABM).sum(-1)
         right_ABN = self.right_ABN & (self._own(self.bar_ABM) == self._own(highest_ABM))

@@ -110,6 +110,7 @@ class Expected:
     terms: torch.Tensor
     losses: tuple
     inputs: tuple
+    logits: torch.Tensor
 
     def gradients(self, weights):
         total = sum((weight.double().cpu() * loss).sum() for weight, loss in zip(weights, self.losses, strict=True))
@@ -124,12 +125,12 @@ def dense(problem):
     logits = scale[:, :, None, None] * torch.einsum("and,bmd->abnm", x, y)
     lse_image, lse_text = logits.logsumexp(3), logits.logsumexp(2)
     if not problem.diagonal:
-        return Expected(lse_image, lse_text, torch.zeros(*scale.shape, 4), (lse_image, lse_text), inputs)
+        return Expected(lse_image, lse_text, torch.zeros(*scale.shape, 4), (lse_image, lse_text), inputs, logits)
     image_loss, image_right = direction(logits, lse_image, problem, problem.row_offset)
     text_loss, text_right = direction(logits.mT, lse_text, problem, -problem.row_offset)
     count = len(matched(*logits.shape[2:], problem.row_offset)[0])
     terms = torch.stack([part.sum(-1) / count for part in (image_loss, text_loss, image_right, text_right)], -1)
-    return Expected(lse_image, lse_text, terms.detach(), (image_loss, text_loss), inputs)
+    return Expected(lse_image, lse_text, terms.detach(), (image_loss, text_loss), inputs, logits)
 
 
 def matched(rows, columns, offset):
@@ -173,9 +174,11 @@ def copies(problem):
 def check(problem, workspace=64 * MIB, accuracy_exact=True):
     """Values and gradients."""
     expected = dense(problem)
-    *lse, terms = problem.forward(workspace)
+    *lse, top_image, top_text, terms = problem.statistics(workspace)
     scale = problem.scale.abs().max().item()
     tolerance = scale * (4e-7 + (2 * ROUNDING[FP16] if copies(problem) else 0))
+    for got, wanted in ((top_image, expected.logits.amax(3)), (top_text, expected.logits.amax(2))):
+        torch.testing.assert_close(got.double().cpu(), wanted.detach(), rtol=1e-6, atol=tolerance)
     for got, wanted in zip(lse, (expected.lse_image, expected.lse_text), strict=True):
         torch.testing.assert_close(got.double().cpu(), wanted.detach(), rtol=1e-6, atol=tolerance)
     terms, wanted = terms.double().cpu(), expected.terms.double()
