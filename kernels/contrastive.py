@@ -12,7 +12,6 @@ of size N x M, and both repeat to the bit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NoReturn, get_args
 
 import torch
@@ -33,9 +32,6 @@ from rocket_fast.kernels.positives import Pairs, soft_terms
 from rocket_fast.kernels.reference import ClipTerms, MultiviewClipTerms, Reduction
 from rocket_fast.kernels.tiled import Positives, compute_dtype
 
-# Which of the forward operation's results holds the losses and accuracies.
-TERMS = 4
-
 # --- operations, their shapes for tracing, their derivatives ----------------------------------------------------------
 
 
@@ -50,11 +46,11 @@ def _forward(
     normalize: bool,
     workspace: int,
     need_grad: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log-sum-exps of rows (A, B, N) and columns (A, B, M), float64; their maxima; (A, B, 4): losses and accuracies.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log-sum-exps of rows (A, B, N) and columns (A, B, M), float64; maxima; losses and accuracies (A, B, 2) each.
 
-    The terms are of the diagonal's positives, and zero where ``diagonal`` is False. Last, where they come cheaper now
-    than later, the gradients of the sum of all losses to both sides and to the scales; else empty.
+    These are of the diagonal's positives, and zero where ``diagonal`` is False. Last, where they come cheaper now than
+    later, the gradients of the sum of all losses to both sides and to the scales; else empty.
     """
     with torch.no_grad(), torch.autocast(image_AND.device.type, enabled=False):
         options: dict[str, Any] = {
@@ -87,7 +83,7 @@ def _(
     normalize: bool,
     workspace: int,
     need_grad: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype, rows, columns = compute_dtype(image_AND), image_AND.shape[1], text_BMD.shape[1]
 
     def of(*size: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -98,7 +94,8 @@ def _(
     now = diagonal and need_grad and _gradients_now(image_AND, text_BMD, workspace)
     gradients = (of(*(x.shape if now else (0,))) for x in (image_AND, text_BMD, scale_AB))
     d_image, d_text, d_scale = gradients
-    return *lse, of(*pairs, rows), of(*pairs, columns), of(*pairs, 4), d_image, d_text, d_scale
+    tops_and_terms = of(*pairs, rows), of(*pairs, columns), of(*pairs, 2), of(*pairs, 2)
+    return *lse, *tops_and_terms, d_image, d_text, d_scale
 
 
 @torch.library.custom_op("rocket_fast::contrastive_backward", mutates_args=())
@@ -162,7 +159,7 @@ def _(
 
 @torch.library.custom_op("rocket_fast::contrastive_rescale", mutates_args=())
 def _rescale(
-    d_terms_AB4: Tensor,
+    d_losses_AB2: Tensor,
     d_image_AND: Tensor,
     d_text_BMD: Tensor,
     d_scale_AB: Tensor,
@@ -180,13 +177,13 @@ def _rescale(
 
     Where that differs between directions or pairs, which a sum does not tell apart, they are made anew.
     """
-    factor = d_terms_AB4[0, 0, 0]
+    factor = d_losses_AB2[0, 0, 0]
     with torch.no_grad(), torch.autocast(image_AND.device.type, enabled=False):
-        if (d_terms_AB4[..., :2] == factor).all():
+        if (d_losses_AB2 == factor).all():
             made = ((d_image_AND, image_AND), (d_text_BMD, text_BMD), (d_scale_AB, scale_AB))
             d_image, d_text, d_scale = ((gradient * factor).to(like.dtype) for gradient, like in made)
             return d_image, d_text, d_scale
-        weights = _weights_of_terms(d_terms_AB4, image_AND, text_BMD, row_offset)
+        weights = _weights(d_losses_AB2, image_AND, text_BMD, row_offset)
         arguments = (image_AND, text_BMD, scale_AB, lse_image_ABN, lse_text_ABM, *weights)
         options: dict[str, Any] = {"smoothing": smoothing, "row_offset": row_offset, "normalize": normalize}
         needs = {"need_image": True, "need_text": True}
@@ -195,7 +192,7 @@ def _rescale(
 
 @_rescale.register_fake
 def _(
-    d_terms_AB4: Tensor,
+    d_losses_AB2: Tensor,
     d_image_AND: Tensor,
     d_text_BMD: Tensor,
     d_scale_AB: Tensor,
@@ -207,22 +204,19 @@ def _(
     return image_AND.new_empty(image_AND.shape), text_BMD.new_empty(text_BMD.shape), torch.empty_like(scale_AB)
 
 
-def _weights_of_terms(
-    d_terms_AB4: Tensor, image_AND: Tensor, text_BMD: Tensor, row_offset: int
-) -> tuple[Tensor, Tensor]:
+def _weights(d_losses_AB2: Tensor, image_AND: Tensor, text_BMD: Tensor, row_offset: int) -> tuple[Tensor, Tensor]:
     rows, columns = image_AND.shape[1], text_BMD.shape[1]
-    where = Positives.of(rows, columns, row_offset)
-    return where.weights(d_terms_AB4[..., 0], d_terms_AB4[..., 1], rows, columns)
+    return Positives.of(rows, columns, row_offset).weights(d_losses_AB2, rows, columns)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     image_AND, text_BMD, scale_AB, ctx.smoothing, ctx.row_offset, ctx.diagonal, ctx.normalize, ctx.workspace, _ = inputs
-    lse_image_ABN, lse_text_ABM, *tops, terms_AB4, d_image, d_text, d_scale = output
+    lse_image_ABN, lse_text_ABM, *tops, losses_AB2, accuracies_AB2, d_image, d_text, d_scale = output
     ctx.save_for_backward(image_AND, text_BMD, scale_AB, lse_image_ABN, lse_text_ABM, d_image, d_text, d_scale)
     ctx.set_materialize_grads(False)
     # With targets on the diagonal the losses are differentiated, without them the log-sum-exps; never both.
-    constant = (lse_image_ABN, lse_text_ABM) if ctx.diagonal else (terms_AB4,)
-    ctx.mark_non_differentiable(*tops, *constant, d_image, d_text, d_scale)
+    constant = (lse_image_ABN, lse_text_ABM) if ctx.diagonal else (losses_AB2,)
+    ctx.mark_non_differentiable(*tops, *constant, accuracies_AB2, d_image, d_text, d_scale)
 
 
 def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -231,15 +225,15 @@ def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, 
     saved = ctx.saved_tensors  # once: checkpointing recomputes what it unpacks
     inputs, made = saved[:5], saved[5:]
     needs = ctx.needs_input_grad[:3]
-    d_lse_image_ABN, d_lse_text_ABM, _, _, d_terms_AB4, *_ = gradients
+    d_lse_image_ABN, d_lse_text_ABM, _, _, d_losses_AB2, *_ = gradients
     if made[0].numel():
-        assert d_terms_AB4 is not None
+        assert d_losses_AB2 is not None
         options = (ctx.smoothing, ctx.row_offset, ctx.normalize, ctx.workspace)
-        found = _rescale(d_terms_AB4, *made, *inputs, *options)
+        found = _rescale(d_losses_AB2, *made, *inputs, *options)
     else:
         if ctx.diagonal:
-            assert d_terms_AB4 is not None
-            weights = _weights_of_terms(d_terms_AB4, *inputs[:2], ctx.row_offset)
+            assert d_losses_AB2 is not None
+            weights = _weights(d_losses_AB2, *inputs[:2], ctx.row_offset)
         else:
             zero = inputs[2].new_zeros(1, 1, 1)
             lse = zip(inputs[3:], (d_lse_image_ABN, d_lse_text_ABM), strict=True)
@@ -353,25 +347,10 @@ def clip_terms(
     The accuracies cost no pass of their own. With ``targets`` a row is right if one of its positives reaches the
     largest logit (to rounding); without, if its positive is the first that does.
     """
-    require_same_width("image_ND", image_ND, "text_MD", text_MD)
-    require_scalar("logit_scale", logit_scale, image_ND.device)
-    require_smoothing(label_smoothing)
-    image, text = as_factors("image_ND", image_ND, "text_MD", text_MD)
-    scale = as_number(logit_scale, image)
-    workspace = workspace_bytes(workspace_mib)
-    if targets is None:
-        _require_offset(row_offset, len(image_ND), len(text_MD))
-        options = ([float(label_smoothing)], row_offset, True, normalize, workspace, wanted(image, text, scale))
-        terms = _forward(image[None], text[None], scale.reshape(1, 1), *options)[TERMS].reshape(4).unbind()
-    else:
-        require(
-            row_offset == 0, "row_offset", row_offset, "0 beside targets, which say themselves what belongs together"
-        )
-        pairs = Pairs.of(targets, len(image_ND), len(text_MD), image)
-        lse_and_top = _statistics(image, text, scale, normalize, workspace)
-        options = {"label_smoothing": label_smoothing, "normalize": normalize, "workspace": workspace}
-        terms = soft_terms(pairs, image, text, scale, *lse_and_top, **options)
-    return _with_bias(_clip_terms(*terms), logit_bias, image)
+    losses_2, accuracies_2 = _clip_parts(
+        image_ND, text_MD, logit_scale, logit_bias, label_smoothing, row_offset, targets, normalize, workspace_mib
+    )
+    return _clip_terms(losses_2, accuracies_2)
 
 
 def clip_loss(
@@ -421,19 +400,10 @@ def clip_loss(
     Source: CLIP (Radford et al. 2021, fig. 3).
     """
     _require_reduction(reduction)
-    terms = clip_terms(
-        image_ND,
-        text_MD,
-        logit_scale,
-        logit_bias=logit_bias,
-        label_smoothing=label_smoothing,
-        row_offset=row_offset,
-        targets=targets,
-        normalize=normalize,
-        workspace_mib=workspace_mib,
+    losses_2, _ = _clip_parts(
+        image_ND, text_MD, logit_scale, logit_bias, label_smoothing, row_offset, targets, normalize, workspace_mib
     )
-    total = terms.loss_image + terms.loss_text
-    return total if reduction == "sum" else total / 2
+    return losses_2.sum() if reduction == "sum" else losses_2.mean()
 
 
 def multiview_clip_terms(
@@ -450,36 +420,15 @@ def multiview_clip_terms(
     workspace_mib: float = 64,
 ) -> MultiviewClipTerms:
     """The parts of CL2L, with accuracies. Arguments and errors as in ``multiview_clip_loss``."""
-    require_same_rows("image_z", image_z, "text_z", text_z)
-    weak = clip_terms(
-        image_z,
-        text_z,
-        logit_scale,
-        label_smoothing=weak_label_smoothing,
-        normalize=normalize,
-        workspace_mib=workspace_mib,
-    )
-    require_views("image_h", image_h, "text_h", text_h)
-    views = len(image_h)
-    smoothing = _pair_smoothing(label_smoothing, views)
-    if not views:
-        return MultiviewClipTerms(weak=weak, strong=None, loss_image=weak.loss_image, loss_text=weak.loss_text)
-    samples, shape = len(image_z), tuple(image_h[0].shape)
-    require(shape[0] == samples, "image_h[0]", shape, f"a shape ({samples}, D), as many samples as image_z has")
-    with torch.autocast(image_h[0].device.type, enabled=False):  # which knows no float16 on the CPU
-        stacked = (torch.stack(tuple(image_h)), torch.stack(tuple(text_h)))
-    image_KND, text_KND = as_factors("image_h", stacked[0], "text_h", stacked[1])
-    scale_KK = _pair_scales(h_logit_scale, views, image_KND)
-    need_grad = wanted(image_KND, text_KND, scale_KK)
-    options = (smoothing, 0, True, normalize, workspace_bytes(workspace_mib), need_grad)
-    means_4 = _forward(image_KND, text_KND, scale_KK, *options)[TERMS].mean((0, 1))
-    strong = _clip_terms(*means_4.unbind())
-    return MultiviewClipTerms(
-        weak=weak,
-        strong=strong,
-        loss_image=(weak.loss_image + views * strong.loss_image) / (1 + views),
-        loss_text=(weak.loss_text + views * strong.loss_text) / (1 + views),
-    )
+    scales = (logit_scale, h_logit_scale)
+    smoothing = (weak_label_smoothing, label_smoothing)
+    weak, strong = _multiview_parts((image_z, text_z), (image_h, text_h), scales, smoothing, normalize, workspace_mib)
+    weak_terms = _clip_terms(*weak)
+    if strong is None:
+        both = {"loss_image": weak_terms.loss_image, "loss_text": weak_terms.loss_text}
+        return MultiviewClipTerms(weak=weak_terms, strong=None, **both)
+    loss_image, loss_text = _of_all_views(weak[0], strong[0], len(image_h)).unbind()
+    return MultiviewClipTerms(weak=weak_terms, strong=_clip_terms(*strong), loss_image=loss_image, loss_text=loss_text)
 
 
 def multiview_clip_loss(
@@ -524,14 +473,12 @@ def multiview_clip_loss(
 
     Source: "Improved baselines for vision-language pre-training" (Fini et al. 2023).
     """
-    views = (image_z, text_z, logit_scale, image_h, text_h, h_logit_scale)
-    return multiview_clip_terms(
-        *views,
-        label_smoothing=label_smoothing,
-        weak_label_smoothing=weak_label_smoothing,
-        normalize=normalize,
-        workspace_mib=workspace_mib,
-    ).reduce(reduction)
+    _require_reduction(reduction)
+    scales = (logit_scale, h_logit_scale)
+    smoothing = (weak_label_smoothing, label_smoothing)
+    weak, strong = _multiview_parts((image_z, text_z), (image_h, text_h), scales, smoothing, normalize, workspace_mib)
+    losses_2 = weak[0] if strong is None else _of_all_views(weak[0], strong[0], len(image_h))
+    return losses_2.sum() if reduction == "sum" else losses_2.mean()
 
 
 # --- details of the public functions ----------------------------------------------------------------------------------
@@ -558,24 +505,87 @@ def _statistics(
     return (lse_N[0, 0], lse_M[0, 0]), (top_N[0, 0], top_M[0, 0])
 
 
-def _clip_terms(loss_image: Tensor, loss_text: Tensor, accuracy_image: Tensor, accuracy_text: Tensor) -> ClipTerms:
+def _clip_parts(
+    image_ND: Tensor,
+    text_MD: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None,
+    label_smoothing: float,
+    row_offset: int,
+    targets: Tensor | None,
+    normalize: bool,
+    workspace_mib: float,
+) -> tuple[Tensor, Tensor]:
+    """Losses (2,) image to text and text to image, and their accuracies; arguments of ``clip_loss``."""
+    require_same_width("image_ND", image_ND, "text_MD", text_MD)
+    require_scalar("logit_scale", logit_scale, image_ND.device)
+    require_smoothing(label_smoothing)
+    image, text = as_factors("image_ND", image_ND, "text_MD", text_MD)
+    scale = as_number(logit_scale, image)
+    workspace = workspace_bytes(workspace_mib)
+    if targets is None:
+        _require_offset(row_offset, len(image_ND), len(text_MD))
+        options = ([float(label_smoothing)], row_offset, True, normalize, workspace, wanted(image, text, scale))
+        *_, losses, accuracies, _, _, _ = _forward(image[None], text[None], scale.reshape(1, 1), *options)
+        losses, accuracies = losses.reshape(2), accuracies.reshape(2)
+    else:
+        expected = "0 beside targets, which say themselves what belongs together"
+        require(row_offset == 0, "row_offset", row_offset, expected)
+        pairs = Pairs.of(targets, len(image_ND), len(text_MD), image)
+        lse_and_top = _statistics(image, text, scale, normalize, workspace)
+        settings = {"label_smoothing": label_smoothing, "normalize": normalize, "workspace": workspace}
+        losses, accuracies = soft_terms(pairs, image, text, scale, *lse_and_top, **settings)
+    return _with_bias(losses, logit_bias, image), accuracies
+
+
+def _multiview_parts(
+    z: tuple[Tensor, Tensor],
+    h: tuple[Sequence[Tensor], Sequence[Tensor]],
+    scales: tuple[Tensor | float, Tensor | float | None],
+    label_smoothing: tuple[float, float | Sequence[Sequence[float]]],
+    normalize: bool,
+    workspace_mib: float,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+    """Losses (2,) and accuracies of the weak pair, and their means over the strong pairs, if there are any."""
+    require_same_rows("image_z", z[0], "text_z", z[1])
+    weak = _clip_parts(*z, scales[0], None, label_smoothing[0], 0, None, normalize, workspace_mib)
+    require_views("image_h", h[0], "text_h", h[1])
+    views, samples = len(h[0]), len(z[0])
+    smoothing = _pair_smoothing(label_smoothing[1], views)
+    if not views:
+        return weak, None
+    shape = tuple(h[0][0].shape)
+    require(shape[0] == samples, "image_h[0]", shape, f"a shape ({samples}, D), as many samples as image_z has")
+    with torch.autocast(h[0][0].device.type, enabled=False):  # which knows no float16 on the CPU
+        image_KND, text_KND = (torch.stack(tuple(side)) for side in h)
+    image_KND, text_KND = as_factors("image_h", image_KND, "text_h", text_KND)
+    scale_KK = _pair_scales(scales[1], views, image_KND)
+    need_grad = wanted(image_KND, text_KND, scale_KK)
+    options = (smoothing, 0, True, normalize, workspace_bytes(workspace_mib), need_grad)
+    *_, losses_KK2, accuracies_KK2, _, _, _ = _forward(image_KND, text_KND, scale_KK, *options)
+    return weak, (losses_KK2.mean((0, 1)), accuracies_KK2.mean((0, 1)))
+
+
+def _of_all_views(weak_2: Tensor, strong_2: Tensor, views: int) -> Tensor:
+    """``(weak + K * strong) / (1 + K)``."""
+    return torch.lerp(weak_2, strong_2, views / (1 + views))
+
+
+def _clip_terms(losses_2: Tensor, accuracies_2: Tensor) -> ClipTerms:
+    (loss_image, loss_text), (accuracy_image, accuracy_text) = losses_2.unbind(), accuracies_2.detach().unbind()
     return ClipTerms(
-        loss_image=loss_image,
-        loss_text=loss_text,
-        accuracy_image=accuracy_image.detach(),
-        accuracy_text=accuracy_text.detach(),
+        loss_image=loss_image, loss_text=loss_text, accuracy_image=accuracy_image, accuracy_text=accuracy_text
     )
 
 
-def _with_bias(terms: ClipTerms, logit_bias: Tensor | float | None, like: Tensor) -> ClipTerms:
+def _with_bias(losses_2: Tensor, logit_bias: Tensor | float | None, like: Tensor) -> Tensor:
     """A constant added to all logits changes no softmax; a bias that is trained gets its gradient, zero."""
     if logit_bias is None:
-        return terms
+        return losses_2
     require_scalar("logit_bias", logit_bias, like.device)
     if not (isinstance(logit_bias, Tensor) and logit_bias.requires_grad):
-        return terms
-    zero = 0 * as_number(logit_bias, like)
-    return replace(terms, loss_image=terms.loss_image + zero, loss_text=terms.loss_text + zero)
+        return losses_2
+    return losses_2 + 0 * as_number(logit_bias, like)
 
 
 def _pair_scales(scale: Tensor | float | None, views: int, like: Tensor) -> Tensor:

@@ -160,8 +160,8 @@ def soft_terms(
     label_smoothing: float,
     normalize: bool,
     workspace: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss image to text, loss text to image, accuracies of both in percent.
+) -> tuple[Tensor, Tensor]:
+    """Losses (2,) image to text and text to image, and the accuracies (2,) of both in percent.
 
     ``lse``, ``top``: log-sum-exps (float64) and maxima of the logits' rows (N,) and columns (M,).
     """
@@ -186,4 +186,4 @@ def soft_terms(
         # The pair's product and the tile's differ in the last bits.
         slack = 16 * torch.finfo(top_own.dtype).eps * (scale.detach().abs() + top_own.abs())
         accuracies.append(100 * (has * (best >= top_own - slack)).sum() / count)
-    return losses[0], losses[1], accuracies[0], accuracies[1]
+    return torch.stack(losses), torch.stack(accuracies)

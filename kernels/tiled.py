@@ -56,13 +56,14 @@ class Positives:
         """The part of ``x`` (..., M) that has positives."""
         return x.narrow(-1, self.first_column, self.count)
 
-    def weights(self, image_AB: Tensor, text_AB: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Every row's and every column's weight (A, B, N) and (A, B, M): a share of its direction's, or none."""
-        sides = ((image_AB, self.first_row, rows), (text_AB, self.first_column, columns))
+    def weights(self, losses_AB2: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Every row's and every column's share (A, B, N) and (A, B, M) of its direction's, or none."""
+        share_AB2 = losses_AB2 / self.count
+        sides = ((share_AB2[..., :1], self.first_row, rows), (share_AB2[..., 1:], self.first_column, columns))
         image_ABN, text_ABM = (
-            F.pad((side / self.count)[..., None].expand(*side.shape, self.count), (first, size - first - self.count))
-            if self.count < size
-            else (side / self.count)[..., None].expand(*side.shape, size)
+            side.expand(*side.shape[:2], size)
+            if self.count == size
+            else F.pad(side.expand(*side.shape[:2], self.count), (first, size - first - self.count))
             for side, first, size in sides
         )
         return image_ABN, text_ABM
@@ -133,8 +134,8 @@ def contrastive_forward(
     diagonal: bool,
     normalize: bool,
     workspace: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log-sum-exps of rows (A, B, N) and columns (A, B, M), their maxima, and terms (A, B, 4): losses and accuracies.
+) -> tuple[Tensor, ...]:
+    """Log-sum-exps of rows (A, B, N) and columns (A, B, M), their maxima, losses and accuracies (A, B, 2) each.
 
     Log-sum-exps are float64 whatever the rest is: rounding one of a hundred to float32 would put the same error, 4e-6,
     on all probabilities of its row.
@@ -166,8 +167,7 @@ def contrastive_forward_backward(
     x_AND, y_BMD = _prepared(image_AND, normalize), _prepared(text_BMD, normalize)
     rows, columns = x_AND.shape[1], y_BMD.shape[1]
     tiles = Tiles(rows, columns, x_AND, workspace, whole=True)
-    ones_AB = torch.ones_like(scale_AB)
-    weights = Positives.of(rows, columns, row_offset).weights(ones_AB, ones_AB, rows, columns)
+    weights = Positives.of(rows, columns, row_offset).weights(scale_AB.new_ones(*scale_AB.shape, 2), rows, columns)
     gradients = _Gradients(x_AND, y_BMD, scale_AB)
     per_pair = []
     for index, (x_ND, y_MD, scale) in enumerate(_pairs(x_AND, y_BMD, scale_AB)):
@@ -190,12 +190,11 @@ def _pairs(x_AND: Tensor, y_BMD: Tensor, scale_AB: Tensor) -> Iterator[tuple[Ten
     return ((x_ND, y_MD, scale_AB[a, b]) for a, x_ND in enumerate(x_AND) for b, y_MD in enumerate(y_BMD))
 
 
-def _stacked(per_pair: list[tuple[Tensor, ...]], scale_AB: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    lse_image, lse_text, top_image, top_text, terms = (
+def _stacked(per_pair: list[tuple[Tensor, ...]], scale_AB: Tensor) -> tuple[Tensor, ...]:
+    return tuple(
         (torch.stack(part) if len(part) > 1 else part[0]).view(*scale_AB.shape, -1)
         for part in zip(*per_pair, strict=True)
     )
-    return lse_image, lse_text, top_image, top_text, terms
 
 
 def _take_pair(
@@ -306,14 +305,16 @@ class _Statistics:
             self.column_before.add(column, _before_diagonal(logits.T, -offset, column_max, tied))
         return row_max, column_max
 
-    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Log-sum-exps of rows and columns, their maxima, and the terms; see ``contrastive_forward``."""
+    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Log-sum-exps of rows and columns, their maxima, losses (2,) and accuracies (2,)."""
         lse_N, lse_M = self.row.log_sum_exp(), self.column.log_sum_exp()
-        terms_4 = self.row.total.new_zeros(4) if self.row_offset is None else self._terms(lse_N, lse_M, self.row_offset)
-        return lse_N, lse_M, self.row.maximum, self.column.maximum, terms_4
+        losses_2, accuracies_2 = (self.row.total.new_zeros(2) for _ in range(2))
+        if self.row_offset is not None:
+            losses_2, accuracies_2 = self._terms(lse_N, lse_M, self.row_offset)
+        return lse_N, lse_M, self.row.maximum, self.column.maximum, losses_2, accuracies_2
 
-    def _terms(self, lse_N: Tensor, lse_M: Tensor, row_offset: int) -> Tensor:
-        """Loss image to text, loss text to image, and the accuracies (percent) of both: (4,)."""
+    def _terms(self, lse_N: Tensor, lse_M: Tensor, row_offset: int) -> tuple[Tensor, Tensor]:
+        """Losses image to text and text to image, and how often the pick is right, in percent."""
         where = Positives.of(self.row.size, self.column.size, row_offset)
         positive_P = torch.cat(self.positive) if len(self.positive) > 1 else self.positive[0]
 
@@ -327,7 +328,7 @@ class _Statistics:
         right_2P = both(self.row.maximum, self.column.maximum) == positive_P
         if len(self.row_before.value):
             right_2P &= both(self.row_before.value, self.column_before.value) < positive_P
-        return torch.cat([losses_2, right_2P.sum(1, dtype=losses_2.dtype) * (100 / where.count)])
+        return losses_2, right_2P.sum(1, dtype=losses_2.dtype) * (100 / where.count)
 
 
 def _near(largest: Tensor, low: Tensor) -> bool:

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rocket_fast.errors import optional_import
@@ -466,7 +467,8 @@ def _terms_kernel(
     y_sum_ptr: t.Any,  # (B, y_parts, 2, D)
     scale_ptr: t.Any,  # (A, B)
     smoothing_ptr: t.Any,  # (A * B)
-    out_ptr: t.Any,  # (A * B, 4): loss_image, loss_text, accuracy_image, accuracy_text
+    loss_ptr: t.Any,  # (A * B, 2): of images, of texts
+    accuracy_ptr: t.Any,  # (A * B, 2)
     N: t.Any,
     M: t.Any,
     D: t.Any,
@@ -495,11 +497,10 @@ def _terms_kernel(
         factor = tl.load(smoothing_ptr + pair) * tl.load(scale_ptr + pair)
         image -= factor * (tl.sum(by_row, 0) / M)
         text -= factor * (tl.sum(by_column, 0) / N)
-    out_ptr += 4 * pair
-    tl.store(out_ptr, image / positives)
-    tl.store(out_ptr + 1, text / positives)
-    tl.store(out_ptr + 2, 100.0 * _total(image_ptr + 1, row_blocks, 2, BLOCK) / positives)
-    tl.store(out_ptr + 3, 100.0 * _total(text_ptr + 1, column_blocks, 2, BLOCK) / positives)
+    tl.store(loss_ptr + 2 * pair, image / positives)
+    tl.store(loss_ptr + 2 * pair + 1, text / positives)
+    tl.store(accuracy_ptr + 2 * pair, 100.0 * _total(image_ptr + 1, row_blocks, 2, BLOCK) / positives)
+    tl.store(accuracy_ptr + 2 * pair + 1, 100.0 * _total(text_ptr + 1, column_blocks, 2, BLOCK) / positives)
 
 
 # --- kernels: gradient ------------------------------------------------------------------------------------------------
@@ -1048,6 +1049,14 @@ def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """``x`` as it is or a copy, contiguous, rows starting at multiples of 16 bytes, filled up with zeros to a multiple of
+    16 numbers: kernels then load 16 bytes at once, ahead of use. (D = 100 as it is: 1376 bytes of stack a thread.)"""
+    missing = -x.shape[-1] % 16
+    x = F.pad(x.detach(), (0, missing)) if missing else x.detach().contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
 class _Problem:
     """Both sides as the kernels read them.
 
@@ -1065,7 +1074,8 @@ class _Problem:
         normalize: bool,
         sums: bool = False,
     ) -> None:
-        self.raw_x, self.raw_y = image_AND.detach().contiguous(), text_BMD.detach().contiguous()
+        self.width = image_AND.shape[-1]  # D before it was filled up
+        self.raw_x, self.raw_y = _aligned(image_AND), _aligned(text_BMD)
         self.scale = scale_AB.detach().float().contiguous()
         (self.A, self.N, self.D), (self.B, self.M, _) = self.raw_x.shape, self.raw_y.shape
         self.pairs = self.A * self.B
@@ -1134,7 +1144,7 @@ def contrastive_forward(
     diagonal: bool,
     normalize: bool,
     workspace: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-sum-exps and maxima of rows and columns of every pair, losses and accuracies; at most 6 launches.
 
     Args:
@@ -1142,14 +1152,14 @@ def contrastive_forward(
         scale_AB: float32.
         smoothing: label smoothing of each pair, row-major.
         row_offset: row i's positive is column ``i + row_offset``.
-        diagonal: whether there are positives; without, no smoothing either, and terms are zero.
+        diagonal: whether there are positives; without, no smoothing either, and the last two are zero.
         normalize: scale every row to unit length first, as ``torch.nn.functional.normalize`` does.
         workspace: bytes that partial statistics may take (16 a row, 32 a column and pair they always take).
 
     Returns:
         Log-sum-exps (A, B, N) and (A, B, M) in float64 (their rounding would be an error of every probability); maxima
-        (A, B, N) and (A, B, M); and (A, B, 4): loss_image, loss_text (means over the rows,
-        or columns, with a positive) and the accuracies in percent; of equal logits the first is the pick.
+        (A, B, N) and (A, B, M); losses (A, B, 2) of rows and of columns, means over those with a positive; and their
+        accuracies (A, B, 2) in percent: of equal logits the first is the pick.
     """
     smooth = diagonal and any(smoothing)
     with _on(image_AND):
@@ -1194,8 +1204,8 @@ class _Statistics:
                 self.first_tile, problem.folded, *config.tile, **config.built,
             )  # fmt: skip
 
-    def join(self, smoothing: Tensor, smooth: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Log-sum-exps, maxima and terms."""
+    def join(self, smoothing: Tensor, smooth: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Log-sum-exps, maxima, losses and accuracies."""
         problem = self.problem
         A, B, N, M = problem.A, problem.B, problem.N, problem.M
         new = problem.scale.new_empty
@@ -1210,14 +1220,14 @@ class _Statistics:
             num_warps=VECTOR_WARPS,
         )  # fmt: skip
         if not self.diagonal:
-            return *lse, *top, problem.scale.new_zeros(A, B, 4)
-        terms = new(A, B, 4)
+            return *lse, *top, problem.scale.new_zeros(A, B, 2), problem.scale.new_zeros(A, B, 2)
+        losses, accuracies = new(A, B, 2), new(A, B, 2)
         _launch(
-            _terms_kernel, (problem.pairs,), term, problem.x_sums, problem.y_sums, problem.scale, smoothing, terms,
-            N, M, problem.D, B, problem.positives, row_blocks, column_blocks, _ceil(N, CHUNK), _ceil(M, CHUNK), smooth,
-            ROW_WIDTH, VECTOR_BLOCK, num_warps=VECTOR_WARPS,
+            _terms_kernel, (problem.pairs,), term, problem.x_sums, problem.y_sums, problem.scale, smoothing, losses,
+            accuracies, N, M, problem.D, B, problem.positives, row_blocks, column_blocks, _ceil(N, CHUNK),
+            _ceil(M, CHUNK), smooth, ROW_WIDTH, VECTOR_BLOCK, num_warps=VECTOR_WARPS,
         )  # fmt: skip
-        return *lse, *top, terms
+        return *lse, *top, losses, accuracies
 
 
 @dataclass(frozen=True)
@@ -1388,7 +1398,8 @@ class _Gradient:
                 x_rows, y_rows, problem.D, problem.normalize, problem.folded, ROW_BLOCK, ROW_WIDTH,
                 num_warps=ROW_WARPS,
             )  # fmt: skip
-        return out[0], out[1]
+        d_x, d_y = (d[..., : problem.width].contiguous() if d.numel() else d for d in out)
+        return d_x, d_y
 
     def sums(self, factor: float = 1.0) -> Tensor:
         """``factor`` times the sums over all tiles, (statistics, A * B)."""

@@ -258,9 +258,9 @@ class _OwnRows:
     def __init__(self, block: _Block, ranks: AllRanks) -> None:
         self.rows = block.image_AND.shape[1]
         self.first = ranks.first_row
-        self.lse_image_ABN, self.lse_text_ABM, _, top_ABM, self.terms_AB4, *_ = operations._forward(
-            *block, *_options(block.scale_AB, ranks), workspace_bytes(WORKSPACE_MIB)
-        )
+        options = (*_options(block.scale_AB, ranks), workspace_bytes(WORKSPACE_MIB))
+        self.lse_image_ABN, self.lse_text_ABM, _, top_ABM, *terms, _, _, _ = operations._forward(*block, *options)
+        self.terms_AB4 = torch.cat(terms, dim=-1)
         self.right_ABN = _own_picks(block, self._own(top_ABM), self._own(block.text_BMD.mT).mT)
         # What a column's positive must reach to be its pick, as far as these rows go: of equal logits the first is the
         # pick, so where the positive comes later, in a higher rank's rows, it must be larger.

