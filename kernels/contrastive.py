@@ -428,7 +428,8 @@ def multiview_clip_terms(
         both = {"loss_image": weak_terms.loss_image, "loss_text": weak_terms.loss_text}
         return MultiviewClipTerms(weak=weak_terms, strong=None, **both)
     loss_image, loss_text = _of_all_views(weak[0], strong[0], len(image_h)).unbind()
-    return MultiviewClipTerms(weak=weak_terms, strong=_clip_terms(*strong), loss_image=loss_image, loss_text=loss_text)
+    strong_terms = _clip_terms(strong[0], strong[1].mean((0, 1)))
+    return MultiviewClipTerms(weak=weak_terms, strong=strong_terms, loss_image=loss_image, loss_text=loss_text)
 
 
 def multiview_clip_loss(
@@ -546,7 +547,7 @@ def _multiview_parts(
     normalize: bool,
     workspace_mib: float,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
-    """Losses (2,) and accuracies of the weak pair, and their means over the strong pairs, if there are any."""
+    """Losses (2,) and accuracies of the weak pair; the strong pairs' mean losses (2,) and all accuracies (K, K, 2)."""
     require_same_rows("image_z", z[0], "text_z", z[1])
     weak = _clip_parts(*z, scales[0], None, label_smoothing[0], 0, None, normalize, workspace_mib)
     require_views("image_h", h[0], "text_h", h[1])
@@ -563,7 +564,7 @@ def _multiview_parts(
     need_grad = wanted(image_KND, text_KND, scale_KK)
     options = (smoothing, 0, True, normalize, workspace_bytes(workspace_mib), need_grad)
     *_, losses_KK2, accuracies_KK2, _, _, _ = _forward(image_KND, text_KND, scale_KK, *options)
-    return weak, (losses_KK2.mean((0, 1)), accuracies_KK2.mean((0, 1)))
+    return weak, (losses_KK2.mean((0, 1)), accuracies_KK2)
 
 
 def _of_all_views(weak_2: Tensor, strong_2: Tensor, views: int) -> Tensor:
