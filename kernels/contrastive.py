@@ -185,9 +185,16 @@ def _rescale(
             return d_image, d_text, d_scale
         weights = _weights(d_losses_AB2, image_AND, text_BMD, row_offset)
         arguments = (image_AND, text_BMD, scale_AB, lse_image_ABN, lse_text_ABM, *weights)
-        options: dict[str, Any] = {"smoothing": smoothing, "row_offset": row_offset, "normalize": normalize}
-        needs = {"need_image": True, "need_text": True}
-        return tiled.contrastive_backward(*arguments, diagonal=True, **needs, workspace=workspace, **options)
+        return tiled.contrastive_backward(
+            *arguments,
+            smoothing=smoothing,
+            row_offset=row_offset,
+            diagonal=True,
+            normalize=normalize,
+            need_image=True,
+            need_text=True,
+            workspace=workspace,
+        )
 
 
 @_rescale.register_fake
@@ -233,11 +240,13 @@ def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, 
     else:
         if ctx.diagonal:
             assert d_losses_AB2 is not None
-            weights = _weights(d_losses_AB2, *inputs[:2], ctx.row_offset)
+            weights = _weights(d_losses_AB2, inputs[0], inputs[1], ctx.row_offset)
         else:
             zero = inputs[2].new_zeros(1, 1, 1)
-            lse = zip(inputs[3:], (d_lse_image_ABN, d_lse_text_ABM), strict=True)
-            weights = tuple(zero.expand_as(x) if d is None else d.to(zero.dtype) for x, d in lse)
+            weights = (
+                zero.expand_as(inputs[3]) if d_lse_image_ABN is None else d_lse_image_ABN.to(zero.dtype),
+                zero.expand_as(inputs[4]) if d_lse_text_ABM is None else d_lse_text_ABM.to(zero.dtype),
+            )
         options = (ctx.smoothing, ctx.row_offset, ctx.diagonal, ctx.normalize, *needs[:2], ctx.workspace)
         found = _backward(*inputs, *weights, *options)
     return *(gradient if needed else None for gradient, needed in zip(found, needs, strict=True)), *(None,) * 6
@@ -534,8 +543,16 @@ def _clip_parts(
         require(row_offset == 0, "row_offset", row_offset, expected)
         pairs = Pairs.of(targets, len(image_ND), len(text_MD), image)
         lse_and_top = _statistics(image, text, scale, normalize, workspace)
-        settings = {"label_smoothing": label_smoothing, "normalize": normalize, "workspace": workspace}
-        losses, accuracies = soft_terms(pairs, image, text, scale, *lse_and_top, **settings)
+        losses, accuracies = soft_terms(
+            pairs,
+            image,
+            text,
+            scale,
+            *lse_and_top,
+            label_smoothing=label_smoothing,
+            normalize=normalize,
+            workspace=workspace,
+        )
     return _with_bias(losses, logit_bias, image), accuracies
 
 

@@ -134,7 +134,7 @@ def contrastive_forward(
     diagonal: bool,
     normalize: bool,
     workspace: int,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-sum-exps of rows (A, B, N) and columns (A, B, M), their maxima, losses and accuracies (A, B, 2) each.
 
     Log-sum-exps are float64 whatever the rest is: rounding one of a hundred to float32 would put the same error, 4e-6,
@@ -158,7 +158,7 @@ def contrastive_forward_backward(
     row_offset: int,
     normalize: bool,
     workspace: int,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What ``contrastive_forward`` gives, and gradients (A, N, D), (B, M, D), (A, B) of the sum of all pairs' losses.
 
     For pairs that the workspace holds twice: their exponentials are still there when the sums are known, so that the
@@ -190,11 +190,14 @@ def _pairs(x_AND: Tensor, y_BMD: Tensor, scale_AB: Tensor) -> Iterator[tuple[Ten
     return ((x_ND, y_MD, scale_AB[a, b]) for a, x_ND in enumerate(x_AND) for b, y_MD in enumerate(y_BMD))
 
 
-def _stacked(per_pair: list[tuple[Tensor, ...]], scale_AB: Tensor) -> tuple[Tensor, ...]:
-    return tuple(
+def _stacked(
+    per_pair: Sequence[tuple[Tensor, ...]], scale_AB: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    lse_image, lse_text, top_image, top_text, losses, accuracies = (
         (torch.stack(part) if len(part) > 1 else part[0]).view(*scale_AB.shape, -1)
         for part in zip(*per_pair, strict=True)
     )
+    return lse_image, lse_text, top_image, top_text, losses, accuracies
 
 
 def _take_pair(

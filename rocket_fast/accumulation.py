@@ -54,8 +54,7 @@ def cached_step(
         ValueError: no micro-batches, or embeddings whose structure differs between them.
     """
     require(len(micro_batches) > 0, "micro_batches", micro_batches, "at least one")
-    if no_sync is None:
-        no_sync = getattr(model, "no_sync", contextlib.nullcontext)
+    without_sync: Callable[[], Any] = no_sync or getattr(model, "no_sync", contextlib.nullcontext)
     states, embedded = [], []
     with torch.no_grad():
         for micro_batch in micro_batches:
@@ -67,7 +66,7 @@ def cached_step(
     with _running_statistics_kept(model):
         for index, (micro_batch, state) in enumerate(zip(micro_batches, states, strict=True)):
             last = index == len(micro_batches) - 1
-            with contextlib.nullcontext() if last else no_sync():
+            with contextlib.nullcontext() if last else without_sync():
                 state.restore()
                 _backward(_tensors(embed(micro_batch)), gradients[index])
     after.restore()
