@@ -54,7 +54,7 @@ def cached_step(
         ValueError: no micro-batches, or embeddings whose structure differs between them.
     """
     require(len(micro_batches) > 0, "micro_batches", micro_batches, "at least one")
-    without_sync: Callable[[], Any] = no_sync or getattr(model, "no_sync", contextlib.nullcontext)
+    without_sync: Any = no_sync or getattr(model, "no_sync", contextlib.nullcontext)
     states, embedded = [], []
     with torch.no_grad():
         for micro_batch in micro_batches:
