@@ -132,7 +132,13 @@ def _run_operations(case: Case) -> None:
     contrastive.contrastive_forward(x, x, one, **softmax)
     contrastive.contrastive_backward(x, x, one, lse, lse, weight, weight, need_image=True, need_text=True, **softmax)
     if not case.smoothing:
-        contrastive.sigmoid_forward_backward(x[0], x[0], one, one, need_grad=True, **shared)
+        softmax["diagonal"] = False
+        contrastive.contrastive_forward(x, x, one, **softmax)
+        contrastive.contrastive_backward(
+            x, x, one, lse, lse, weight, weight, need_image=True, need_text=True, **softmax
+        )
+        for need_grad in (True, False):
+            contrastive.sigmoid_forward_backward(x[0], x[0], one, one, need_grad=need_grad, **shared)
 
 
 def _describe(kernel: Any, args: Sequence[Any], options: dict[str, int]) -> Launch:

@@ -119,33 +119,32 @@ def _join(reference: t.Any, total: t.Any, other_reference: t.Any, other_total: t
 
 # --- kernels: forward -------------------------------------------------------------------------------------------------
 #
-# Statistics of a row or column, in parts: a reference and the sum of exp(logit - reference); with a diagonal also the
-# largest rival, which the positive must exceed to be the pick, from tiles that the diagonal does not cross. Of a column
-# there are two parts a program: one of its last row of tiles, one of all rows before. The older one takes in the last
-# one when the next row comes by: what a program reads was written a whole tile ago, in the layout it is read in.
+# Statistics of a row or column, in parts: a reference and the sum of exp(logit - reference); the maximum; and, of use
+# with a diagonal only, the largest rival, which the positive must exceed to be the pick, from tiles that the diagonal
+# does not cross. Of a column there are two parts a program: one of its last row of tiles, one of all rows before. The
+# older one takes in the last one when the next row comes by: what a program reads was written a whole tile ago, in the
+# layout it is read in.
 
 
 @triton.jit
-def _load_part(ptrs: t.Any, stride: t.Any, mask: t.Any, DIAGONAL: tl.constexpr) -> Any:
+def _load_part(ptrs: t.Any, stride: t.Any, mask: t.Any, RIVAL: tl.constexpr) -> Any:
     reference = tl.load(ptrs, mask=mask, other=LOWEST)
     total = tl.load(ptrs + stride, mask=mask, other=0.0)
     maximum = tl.load(ptrs + 2 * stride, mask=mask, other=LOWEST)
     rival = maximum
-    if DIAGONAL:
+    if RIVAL:
         rival = tl.load(ptrs + 3 * stride, mask=mask, other=LOWEST)
     return reference, total, maximum, rival
 
 
 @triton.jit
 def _store_part(
-    ptrs: t.Any, stride: t.Any, mask: t.Any, reference: t.Any, total: t.Any, maximum: t.Any, rival: t.Any,
-    DIAGONAL: tl.constexpr,
-) -> None:  # fmt: skip
+    ptrs: t.Any, stride: t.Any, mask: t.Any, reference: t.Any, total: t.Any, maximum: t.Any, rival: t.Any
+) -> None:
     tl.store(ptrs, reference, mask=mask)
     tl.store(ptrs + stride, total, mask=mask)
     tl.store(ptrs + 2 * stride, maximum, mask=mask)
-    if DIAGONAL:
-        tl.store(ptrs + 3 * stride, rival, mask=mask)
+    tl.store(ptrs + 3 * stride, rival, mask=mask)
 
 
 @triton.jit
@@ -196,7 +195,6 @@ def _forward_kernel(
     super_rows: t.Any,  # height of a super-tile, in tiles
     super_columns: t.Any,
     NORMALIZE: tl.constexpr,
-    DIAGONAL: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -231,19 +229,17 @@ def _forward_kernel(
             all_ok = all_columns < M
             tl.debug_barrier()  # other threads of this program stored what is loaded next
             old, old_sum, old_max, old_rival = _load_part(
-                column_part_ptr + all_columns, column_stride, all_ok & (block_row > row_block + 1), DIAGONAL
+                column_part_ptr + all_columns, column_stride, all_ok & (block_row > row_block + 1), True
             )
             last, last_sum, last_max, last_rival = _load_part(
-                column_part_ptr + M + all_columns, column_stride, all_ok & (block_row > row_block), DIAGONAL
+                column_part_ptr + M + all_columns, column_stride, all_ok & (block_row > row_block), True
             )
 
             products = _products(x_ptr, y_ptr, first_row, first_column, N, M, D, ROWS, COLUMNS, WIDTH)
 
             old, old_sum = _join(old, old_sum, last, last_sum)
             old_max, old_rival = tl.maximum(old_max, last_max), tl.maximum(old_rival, last_rival)
-            _store_part(
-                column_part_ptr + all_columns, column_stride, all_ok, old, old_sum, old_max, old_rival, DIAGONAL
-            )
+            _store_part(column_part_ptr + all_columns, column_stride, all_ok, old, old_sum, old_max, old_rival)
             factor = tl.zeros((ROWS,), tl.float32) + scale
             if NORMALIZE:
                 factor *= tl.load(inverse_x_ptr + image * N + rows, mask=row_ok, other=0.0)
@@ -265,10 +261,9 @@ def _forward_kernel(
                 bottom = tl.minimum(bottom, tl.min(tl.where(column_ok, column_max, float("inf")), 0))
                 last_ptrs = column_part_ptr + M + columns
                 tl.store(last_ptrs + 2 * column_stride, column_max, mask=column_ok)
-                if DIAGONAL:
-                    column_rival = tl.where(below, _just_below(column_max), LOWEST)
-                    column_rival = tl.where(above, column_max, column_rival)
-                    tl.store(last_ptrs + 3 * column_stride, column_rival, mask=column_ok)
+                column_rival = tl.where(below, _just_below(column_max), LOWEST)
+                column_rival = tl.where(above, column_max, column_rival)
+                tl.store(last_ptrs + 3 * column_stride, column_rival, mask=column_ok)
                 row_max = tl.maximum(row_max, tl.max(logits, 1))
                 scaled = scaled + (logits,)  # noqa: RUF005  (kernels know no starred expressions)
 
@@ -282,10 +277,9 @@ def _forward_kernel(
                 )
             reference, total = _join(reference, total, tl.where(near, top, row_max), row_sum)
             maximum = tl.maximum(maximum, row_max)
-            if DIAGONAL:
-                row_rival = tl.where(above, _just_below(row_max), LOWEST)
-                rival = tl.maximum(rival, tl.where(below, row_max, row_rival))
-        _store_part(row_part_ptr + rows, row_stride, row_ok, reference, total, maximum, rival, DIAGONAL)
+            row_rival = tl.where(above, _just_below(row_max), LOWEST)
+            rival = tl.maximum(rival, tl.where(below, row_max, row_rival))
+        _store_part(row_part_ptr + rows, row_stride, row_ok, reference, total, maximum, rival)
 
 
 @triton.jit(do_not_specialize=["N", "M", "text_views", "row_offset", "first_tile"])
@@ -686,8 +680,8 @@ def _gradient_kernel(
         if SMOOTH:
             smoothing = tl.load(smoothing_ptr + pair)
         to_chunk = inverse_x * scale
-    loss_sum, gradient_sum = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
-    scale_sum = tl.zeros((ROWS,), tl.float32)
+    # Sums of whole slabs: triton 3.6's compiler fails on row sums here, on sm_100.
+    loss_sum, gradient_sum, scale_sum = 0.0, 0.0, 0.0
     chunk_ptr += ((row_tile // row_blocks) * chunk_rows + block_row * ROWS).to(tl.int64) * chunk_stride
     chunk_ptr += (column_tile // column_blocks) * view_stride + block_column * COLUMNS
 
@@ -716,8 +710,8 @@ def _gradient_kernel(
             if edge:
                 inside = row_ok[:, None] & column_ok[None, :]
                 gradient, loss = tl.where(inside, gradient, 0.0), tl.where(inside, loss, 0.0)
-            loss_sum += tl.sum(loss, 1)
-            gradient_sum += tl.sum(gradient, 1)
+            loss_sum += tl.sum(loss)
+            gradient_sum += tl.sum(gradient)
         else:
             lse_column, correction_column = _load_lse(lse_text_ptr + columns, column_ok)
             weight_column = unit * tl.load(weight_text_ptr + columns.to(tl.int64) * tm, mask=column_ok, other=0.0)
@@ -735,7 +729,7 @@ def _gradient_kernel(
                 gradient = tl.where(positive, gradient - target, gradient)
             if edge:
                 gradient = tl.where(row_ok[:, None] & column_ok[None, :], gradient, 0.0)
-        scale_sum += tl.sum(gradient * cosines, 1)
+        scale_sum += tl.sum(gradient * cosines)
         if STORE:
             gradient *= to_chunk[:, None]
             if NORMALIZE:
@@ -749,9 +743,9 @@ def _gradient_kernel(
     at = part_ptr + pair.to(tl.int64) * slots + first_slot + block_row * column_blocks + block_column
     stride = pairs.to(tl.int64) * slots
     if SIGMOID:
-        tl.store(at + stride, tl.sum(gradient_sum, 0))
-        tl.store(at + 2 * stride, tl.sum(loss_sum, 0))
-    tl.store(at, tl.sum(scale_sum, 0))
+        tl.store(at + stride, gradient_sum)
+        tl.store(at + 2 * stride, loss_sum)
+    tl.store(at, scale_sum)
 
 
 # --- kernels: rows ----------------------------------------------------------------------------------------------------
@@ -1050,8 +1044,10 @@ def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """``x`` as it is or a copy, contiguous, rows starting at multiples of 16 bytes, filled up with zeros to a multiple of
-    16 numbers: kernels then load 16 bytes at once, ahead of use. (D = 100 as it is: 1376 bytes of stack a thread.)"""
+    """``x`` or a copy: contiguous, at a multiple of 16 bytes, rows filled up with zeros to multiples of 16 numbers.
+
+    Kernels then load 16 bytes at once, ahead of use. (With D = 100 as it is they take 1376 bytes of stack a thread.)
+    """
     missing = -x.shape[-1] % 16
     x = F.pad(x.detach(), (0, missing)) if missing else x.detach().contiguous()
     return x.clone() if x.data_ptr() % 16 else x
@@ -1180,8 +1176,8 @@ class _Statistics:
         tile, pairs, new = self.config.rows, problem.pairs, problem.scale.new_empty
         self.high = _ceil(_ceil(problem.N, tile), self.super_tile[0])
         self.wide = _ceil(_ceil(problem.M, tile), self.super_tile[1])
-        self.row_part = new(4 if diagonal else 3, pairs, self.wide, problem.N)
-        self.column_part = new(4 if diagonal else 3, pairs, 2 * self.high, problem.M)
+        self.row_part = new(4, pairs, self.wide, problem.N)
+        self.column_part = new(4, pairs, 2 * self.high, problem.M)
         self.first_tile, remainder = divmod(problem.row_offset, tile)
         self.crossings = 2 if remainder else 1
         self.positive = new(pairs, problem.N if diagonal else 0)
@@ -1194,7 +1190,7 @@ class _Statistics:
         sizes = problem.N, problem.M, problem.D, problem.B, problem.row_offset
         _launch(
             _forward_kernel, (self.high * self.wide, problem.pairs), *inputs, self.row_part, self.column_part, *sizes,
-            *self.super_tile, problem.folded, self.diagonal, *config.tile, GROUP, **config.built,
+            *self.super_tile, problem.folded, *config.tile, GROUP, **config.built,
         )  # fmt: skip
         if self.diagonal:
             config = _configs(problem).diagonal
