@@ -57,7 +57,8 @@ def require_same_rows(first_name: str, first: Tensor, second_name: str, second: 
 def require_scalar(name: str, value: Tensor | float, device: torch.device | None = None) -> None:
     """One number: finite wherever that can be seen without waiting for a device, on ``device`` if it is a tensor."""
     if not isinstance(value, Tensor):
-        require(math.isfinite(value), name, value, "a finite number")
+        number = isinstance(value, int | float) and math.isfinite(value)
+        require(number, name, value, "a finite number or a tensor of one")
         return
     require(value.numel() == 1, name, f"a tensor of shape {tuple(value.shape)}", "one value")
     require_finite(name, value)

@@ -521,6 +521,7 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "device": (lambda: clip(X, X.to("meta"), 1.0), "text_MD: got device.*meta.*, expected the device of image_ND, cpu"),
     "no columns": (lambda: clip(X[:, :0], X[:, :0], 1.0), r"image_ND: got \(4, 0\), expected .* D >= 1"),
     "infinite scale": (lambda: clip(X, X, float("inf")), "logit_scale: got inf, expected a finite number"),
+    "no scale": (lambda: clip(X, X, None), "logit_scale: got None, expected a finite number"),  # type: ignore[arg-type]
     "nan scale": (lambda: clip(X, X, torch.tensor(float("nan"))), "logit_scale: got nan, expected finite values"),
     "scale's device": (
         lambda: clip(X, X, torch.tensor(1.0, device="meta")),
