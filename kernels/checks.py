@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -57,7 +58,7 @@ def require_same_rows(first_name: str, first: Tensor, second_name: str, second: 
 def require_scalar(name: str, value: Tensor | float, device: torch.device | None = None) -> None:
     """One number: finite wherever that can be seen without waiting for a device, on ``device`` if it is a tensor."""
     if not isinstance(value, Tensor):
-        number = isinstance(value, int | float) and math.isfinite(value)
+        number = isinstance(value, numbers.Real) and math.isfinite(value)
         require(number, name, value, "a finite number or a tensor of one")
         return
     require(value.numel() == 1, name, f"a tensor of shape {tuple(value.shape)}", "one value")
