@@ -28,7 +28,7 @@ from rocket_fast.losses import LossConfig, build_loss, siglip_loss_over_ranks
 from rocket_fast.models.heads import BarLIPConfig, BYOLIPConfig, SiamLIPConfig, SwALIPConfig, SwALIPPrototypesConfig
 
 SIZES = [(7,), (4, 4), (6, 1), (3, 1, 4), (2, 3, 1, 2)]  # local batches
-ROWS = 512  # of the local batches whose traffic and memory are looked at
+ROWS = 1024  # of the local batches whose traffic and memory are looked at
 WIDTH = 6
 COMPANIONS = {
     "none": None,
@@ -413,10 +413,11 @@ def test_one_sided_sends_half_and_its_memory_grows_with_the_texts_alone(ranks: l
         assert case["auto"]["sent"] == case["one_sided"]["sent"]
         assert case["auto"]["sent for few"] == case["all_gather"]["sent for few"]
         peaks[world] = {scheme: case[scheme]["peak"] for scheme in case}
-    # From two ranks to four: twice as many texts. There may be some copies of those, but never a pair's logits.
+    # From two ranks to four: twice as many texts. There may be some copies of those (one more or less at a time, by
+    # the timing of the backend's threads), but never a pair's logits.
     new_texts = 2 * ROWS
     growth = {scheme: peaks[4][scheme] - peaks[2][scheme] for scheme in peaks[4]}
-    assert growth["one_sided"] <= 12 * new_texts * text_width < 4 * ROWS * new_texts
+    assert growth["one_sided"] <= 16 * new_texts * text_width < 4 * ROWS * new_texts
     assert growth["one_sided"] < 2 / 3 * growth["all_gather"]
 
 
