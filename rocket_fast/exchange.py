@@ -280,6 +280,8 @@ class _OwnRows:
         loss_image, loss_text, accuracy_image, accuracy_text = (self.rows * self.terms_AB4).unbind(-1)
         loss_text = loss_text - self._own(beyond_ABM).sum(-1)
         right_ABN = self.right_ABN & (self._own(self.bar_ABM) == self._own(highest_ABM))
+        # Of equal logits in this rank's own rows only the count says which is the pick, not the columns' flags: the
+        # lesser of both is exact without such ties and may be too high with them.
         accuracy_text = torch.minimum(accuracy_text, 100 * right_ABN.sum(-1).to(accuracy_text.dtype))
         return beyond_ABM.exp(), torch.stack([loss_image, loss_text, accuracy_image, accuracy_text], dim=-1)
 

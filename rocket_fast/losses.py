@@ -42,7 +42,7 @@ class LossConfig:
     reduction: Reduction = "sum"
     """avg: mean of image-to-text and text-to-image; sum: their sum (twice as much, companions weigh less)."""
     exchange: Exchange = "auto"
-    """How several processes share the work, the numbers being the same: all_gather sends all embeddings to all,
+    """How several processes share the work, loss and gradients being the same: all_gather sends all embeddings to all,
     one_sided the texts only, half the bytes and 1/processes of the products; auto takes it for large batches."""
     gather_grad: bool = True
     """Whether gradients cross processes, as in one process with all samples; False drops them, as the original does."""
