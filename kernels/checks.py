@@ -69,8 +69,9 @@ def require_scalar(name: str, value: Tensor | float, device: torch.device | None
 def require_finite(name: str, value: Tensor) -> None:
     """Finite values, looked at only on the CPU and outside a compiled graph, where it costs nothing."""
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
-        values = value.detach()
-        require(bool(values.isfinite().all()), name, values.tolist(), "finite values")
+        values = value.tolist()
+        finite = math.isfinite(values) if isinstance(values, float) else bool(value.detach().isfinite().all())
+        require(finite, name, values, "finite values")
 
 
 def require_smoothing(label_smoothing: float, name: str = "label_smoothing") -> None:

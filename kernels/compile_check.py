@@ -161,7 +161,7 @@ def _specialisation(parameter: Any, value: Any) -> tuple[str, bool, bool]:
     if parameter.is_constexpr:
         return "constexpr", True, False
     if isinstance(value, torch.Tensor):
-        names = {torch.float64: "fp64", **{dtype: name for name, dtype in DTYPES.items()}}
+        names = {torch.float64: "fp64", torch.int8: "i8", **{dtype: name for name, dtype in DTYPES.items()}}
         return f"*{names[value.dtype]}", False, True
     if isinstance(value, float):
         return "fp32", False, False

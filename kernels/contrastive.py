@@ -27,7 +27,7 @@ from rocket_fast.kernels.checks import (
     require_smoothing,
     require_views,
 )
-from rocket_fast.kernels.dispatch import implementation
+from rocket_fast.kernels.dispatch import implementation, without_autocast
 from rocket_fast.kernels.positives import Pairs, soft_terms
 from rocket_fast.kernels.reference import ClipTerms, MultiviewClipTerms, Reduction
 from rocket_fast.kernels.tiled import Positives, compute_dtype
@@ -36,7 +36,7 @@ from rocket_fast.kernels.tiled import Positives, compute_dtype
 
 
 @torch.library.custom_op("rocket_fast::contrastive_forward", mutates_args=())
-def _forward(
+def forward_operation(
     image_AND: Tensor,
     text_BMD: Tensor,
     scale_AB: Tensor,
@@ -45,34 +45,26 @@ def _forward(
     diagonal: bool,
     normalize: bool,
     workspace: int,
-    need_grad: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log-sum-exps of rows (A, B, N) and columns (A, B, M), float64; maxima; losses and accuracies (A, B, 2) each.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log-sum-exps of rows (A, B, N) and columns (A, B, M), float64; maxima; what the diagonal's positives tell.
 
-    These are of the diagonal's positives, and zero where ``diagonal`` is False. Last, where they come cheaper now than
-    later, the gradients of the sum of all losses to both sides and to the scales; else empty.
+    That is: whether a column's positive is its pick (A, B, M), losses and accuracies (A, B, 2) each; empty and zero
+    where ``diagonal`` is False.
     """
-    with torch.no_grad(), torch.autocast(image_AND.device.type, enabled=False):
-        options: dict[str, Any] = {
-            "smoothing": smoothing,
-            "row_offset": row_offset,
-            "normalize": normalize,
-            "workspace": workspace,
-        }
-        if diagonal and need_grad and _gradients_now(image_AND, text_BMD, workspace):
-            return tiled.contrastive_forward_backward(image_AND, text_BMD, scale_AB, **options)
-        forward = implementation(image_AND).contrastive_forward
-        results = forward(image_AND, text_BMD, scale_AB, diagonal=diagonal, **options)
-        return *results, *(scale_AB.new_empty(0) for _ in range(3))
+    with without_autocast(image_AND.device.type):
+        return implementation(image_AND).contrastive_forward(
+            image_AND,
+            text_BMD,
+            scale_AB,
+            smoothing=smoothing,
+            row_offset=row_offset,
+            diagonal=diagonal,
+            normalize=normalize,
+            workspace=workspace,
+        )
 
 
-def _gradients_now(image_AND: Tensor, text_BMD: Tensor, workspace: int) -> bool:
-    """Whether the tiled implementation serves these, with a workspace for a pair's similarities and as much again."""
-    size = 2 * image_AND.shape[1] * text_BMD.shape[1] * compute_dtype(image_AND).itemsize
-    return image_AND.device.type == "cpu" and size <= workspace and implementation(image_AND) is tiled
-
-
-@_forward.register_fake
+@forward_operation.register_fake
 def _(
     image_AND: Tensor,
     text_BMD: Tensor,
@@ -82,8 +74,7 @@ def _(
     diagonal: bool,
     normalize: bool,
     workspace: int,
-    need_grad: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype, rows, columns = compute_dtype(image_AND), image_AND.shape[1], text_BMD.shape[1]
 
     def of(*size: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -91,15 +82,12 @@ def _(
 
     pairs = scale_AB.shape
     lse = of(*pairs, rows, dtype=torch.float64), of(*pairs, columns, dtype=torch.float64)
-    now = diagonal and need_grad and _gradients_now(image_AND, text_BMD, workspace)
-    gradients = (of(*(x.shape if now else (0,))) for x in (image_AND, text_BMD, scale_AB))
-    d_image, d_text, d_scale = gradients
-    tops_and_terms = of(*pairs, rows), of(*pairs, columns), of(*pairs, 2), of(*pairs, 2)
-    return *lse, *tops_and_terms, d_image, d_text, d_scale
+    right = of(*(*pairs, columns) if diagonal else (0,), dtype=torch.bool)
+    return *lse, of(*pairs, rows), of(*pairs, columns), right, of(*pairs, 2), of(*pairs, 2)
 
 
 @torch.library.custom_op("rocket_fast::contrastive_backward", mutates_args=())
-def _backward(
+def backward_operation(
     image_AND: Tensor,
     text_BMD: Tensor,
     scale_AB: Tensor,
@@ -116,7 +104,7 @@ def _backward(
     workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of both sides (empty where not needed) and the scales, from those of the rows' and columns' losses."""
-    with torch.no_grad(), torch.autocast(image_AND.device.type, enabled=False):
+    with without_autocast(image_AND.device.type):
         return implementation(image_AND).contrastive_backward(
             image_AND,
             text_BMD,
@@ -135,7 +123,7 @@ def _backward(
         )
 
 
-@_backward.register_fake
+@backward_operation.register_fake
 def _(
     image_AND: Tensor,
     text_BMD: Tensor,
@@ -157,6 +145,50 @@ def _(
     return d_image, d_text, torch.empty_like(scale_AB)
 
 
+@torch.library.custom_op("rocket_fast::contrastive_whole", mutates_args=())
+def _whole_operation(
+    image_AND: Tensor,
+    text_BMD: Tensor,
+    scale_AB: Tensor,
+    smoothing: Sequence[float],
+    row_offset: int,
+    normalize: bool,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Losses and accuracies (A, B, 2), and the gradients of the sum of all losses to both sides and to the scales.
+
+    For pairs that the workspace holds twice: there the gradients come cheaper with the value than after it. Without
+    ``need_grad`` they are empty.
+    """
+    with without_autocast(image_AND.device.type):
+        return tiled.contrastive_forward_backward(
+            image_AND,
+            text_BMD,
+            scale_AB,
+            smoothing=smoothing,
+            row_offset=row_offset,
+            normalize=normalize,
+            need_grad=need_grad,
+        )
+
+
+@_whole_operation.register_fake
+def _(
+    image_AND: Tensor,
+    text_BMD: Tensor,
+    scale_AB: Tensor,
+    smoothing: Sequence[float],
+    row_offset: int,
+    normalize: bool,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    losses, accuracies = (scale_AB.new_empty(*scale_AB.shape, 2) for _ in range(2))
+    inputs = (image_AND, text_BMD, scale_AB)
+    gradients = (x.new_empty(x.shape if need_grad else (0,), dtype=compute_dtype(x)) for x in inputs)
+    d_image, d_text, d_scale = gradients
+    return losses, accuracies, d_image, d_text, d_scale
+
+
 @torch.library.custom_op("rocket_fast::contrastive_rescale", mutates_args=())
 def _rescale(
     d_losses_AB2: Tensor,
@@ -166,34 +198,34 @@ def _rescale(
     image_AND: Tensor,
     text_BMD: Tensor,
     scale_AB: Tensor,
-    lse_image_ABN: Tensor,
-    lse_text_ABM: Tensor,
     smoothing: Sequence[float],
     row_offset: int,
     normalize: bool,
-    workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients made with the value, times what the sum of losses is differentiated with.
 
     Where that differs between directions or pairs, which a sum does not tell apart, they are made anew.
     """
     factor = d_losses_AB2[0, 0, 0]
-    with torch.no_grad(), torch.autocast(image_AND.device.type, enabled=False):
+    with without_autocast(image_AND.device.type):
         if (d_losses_AB2 == factor).all():
             made = ((d_image_AND, image_AND), (d_text_BMD, text_BMD), (d_scale_AB, scale_AB))
             d_image, d_text, d_scale = ((gradient * factor).to(like.dtype) for gradient, like in made)
             return d_image, d_text, d_scale
-        weights = _weights(d_losses_AB2, image_AND, text_BMD, row_offset)
-        arguments = (image_AND, text_BMD, scale_AB, lse_image_ABN, lse_text_ABM, *weights)
+        inputs = (image_AND, text_BMD, scale_AB)
+        workspace = 2 * image_AND.shape[1] * text_BMD.shape[1] * compute_dtype(image_AND).itemsize
+        options: dict[str, Any] = {"normalize": normalize, "workspace": workspace}
+        lse_and_more = tiled.contrastive_forward(*inputs, smoothing=smoothing, row_offset=0, diagonal=False, **options)
         return tiled.contrastive_backward(
-            *arguments,
+            *inputs,
+            *lse_and_more[:2],
+            *_weights(d_losses_AB2, image_AND, text_BMD, row_offset),
             smoothing=smoothing,
             row_offset=row_offset,
             diagonal=True,
-            normalize=normalize,
             need_image=True,
             need_text=True,
-            workspace=workspace,
+            **options,
         )
 
 
@@ -206,7 +238,7 @@ def _(
     image_AND: Tensor,
     text_BMD: Tensor,
     scale_AB: Tensor,
-    *rest: object,
+    *options: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return image_AND.new_empty(image_AND.shape), text_BMD.new_empty(text_BMD.shape), torch.empty_like(scale_AB)
 
@@ -216,40 +248,49 @@ def _weights(d_losses_AB2: Tensor, image_AND: Tensor, text_BMD: Tensor, row_offs
     return Positives.of(rows, columns, row_offset).weights(d_losses_AB2, rows, columns)
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    image_AND, text_BMD, scale_AB, ctx.smoothing, ctx.row_offset, ctx.diagonal, ctx.normalize, ctx.workspace, _ = inputs
-    lse_image_ABN, lse_text_ABM, *tops, losses_AB2, accuracies_AB2, d_image, d_text, d_scale = output
-    ctx.save_for_backward(image_AND, text_BMD, scale_AB, lse_image_ABN, lse_text_ABM, d_image, d_text, d_scale)
+def _keep_statistics(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    image_AND, text_BMD, scale_AB, ctx.smoothing, ctx.row_offset, ctx.diagonal, ctx.normalize, ctx.workspace = inputs
+    lse_image_ABN, lse_text_ABM, *picks, losses_AB2, accuracies_AB2 = output
+    ctx.save_for_backward(image_AND, text_BMD, scale_AB, lse_image_ABN, lse_text_ABM)
     ctx.set_materialize_grads(False)
     # With targets on the diagonal the losses are differentiated, without them the log-sum-exps; never both.
     constant = (lse_image_ABN, lse_text_ABM) if ctx.diagonal else (losses_AB2,)
-    ctx.mark_non_differentiable(*tops, *constant, accuracies_AB2, d_image, d_text, d_scale)
+    ctx.mark_non_differentiable(*picks, *constant, accuracies_AB2)
 
 
 def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     if all(gradient is None for gradient in gradients):
-        return (None,) * 9
+        return (None,) * 8
     saved = ctx.saved_tensors  # once: checkpointing recomputes what it unpacks
-    inputs, made = saved[:5], saved[5:]
     needs = ctx.needs_input_grad[:3]
-    d_lse_image_ABN, d_lse_text_ABM, _, _, d_losses_AB2, *_ = gradients
-    if made[0].numel():
+    d_lse_image_ABN, d_lse_text_ABM, *_, d_losses_AB2, _ = gradients
+    if ctx.diagonal:
         assert d_losses_AB2 is not None
-        options = (ctx.smoothing, ctx.row_offset, ctx.normalize, ctx.workspace)
-        found = _rescale(d_losses_AB2, *made, *inputs, *options)
+        weights = _weights(d_losses_AB2, saved[0], saved[1], ctx.row_offset)
     else:
-        if ctx.diagonal:
-            assert d_losses_AB2 is not None
-            weights = _weights(d_losses_AB2, inputs[0], inputs[1], ctx.row_offset)
-        else:
-            zero = inputs[2].new_zeros(1, 1, 1)
-            weights = (
-                zero.expand_as(inputs[3]) if d_lse_image_ABN is None else d_lse_image_ABN.to(zero.dtype),
-                zero.expand_as(inputs[4]) if d_lse_text_ABM is None else d_lse_text_ABM.to(zero.dtype),
-            )
-        options = (ctx.smoothing, ctx.row_offset, ctx.diagonal, ctx.normalize, *needs[:2], ctx.workspace)
-        found = _backward(*inputs, *weights, *options)
-    return *(gradient if needed else None for gradient, needed in zip(found, needs, strict=True)), *(None,) * 6
+        zero = saved[2].new_zeros(1, 1, 1)
+        weights = (
+            zero.expand_as(saved[3]) if d_lse_image_ABN is None else d_lse_image_ABN.to(zero.dtype),
+            zero.expand_as(saved[4]) if d_lse_text_ABM is None else d_lse_text_ABM.to(zero.dtype),
+        )
+    options = (ctx.smoothing, ctx.row_offset, ctx.diagonal, ctx.normalize, *needs[:2], ctx.workspace)
+    found = backward_operation(*saved, *weights, *options)
+    return *(gradient if needed else None for gradient, needed in zip(found, needs, strict=True)), *(None,) * 5
+
+
+def _keep_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    image_AND, text_BMD, scale_AB, *ctx.options, _ = inputs
+    _, accuracies_AB2, *gradients = output
+    ctx.save_for_backward(*gradients, image_AND, text_BMD, scale_AB)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(accuracies_AB2, *gradients)
+
+
+def _hand_out(ctx: Any, d_losses_AB2: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    if d_losses_AB2 is None:
+        return (None,) * 7
+    found, needs = _rescale(d_losses_AB2, *ctx.saved_tensors, *ctx.options), ctx.needs_input_grad[:3]
+    return *(gradient if needed else None for gradient, needed in zip(found, needs, strict=True)), *(None,) * 4
 
 
 def refuse_second_derivative(ctx: Any, *gradients: Tensor) -> NoReturn:
@@ -264,8 +305,9 @@ def _keep_nothing(ctx: Any, inputs: tuple, output: object) -> None:
     pass
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
-_backward.register_autograd(refuse_second_derivative, setup_context=_keep_nothing)
+forward_operation.register_autograd(_differentiate, setup_context=_keep_statistics)
+_whole_operation.register_autograd(_hand_out, setup_context=_keep_gradients)
+backward_operation.register_autograd(refuse_second_derivative, setup_context=_keep_nothing)
 _rescale.register_autograd(refuse_second_derivative, setup_context=_keep_nothing)
 
 
@@ -436,7 +478,7 @@ def multiview_clip_terms(
     if strong is None:
         both = {"loss_image": weak_terms.loss_image, "loss_text": weak_terms.loss_text}
         return MultiviewClipTerms(weak=weak_terms, strong=None, **both)
-    loss_image, loss_text = _of_all_views(weak[0], strong[0], len(image_h)).unbind()
+    loss_image, loss_text = of_all_views(weak[0], strong[0], len(image_h)).unbind()
     strong_terms = _clip_terms(strong[0], strong[1].mean((0, 1)))
     return MultiviewClipTerms(weak=weak_terms, strong=strong_terms, loss_image=loss_image, loss_text=loss_text)
 
@@ -487,7 +529,7 @@ def multiview_clip_loss(
     scales = (logit_scale, h_logit_scale)
     smoothing = (weak_label_smoothing, label_smoothing)
     weak, strong = _multiview_parts((image_z, text_z), (image_h, text_h), scales, smoothing, normalize, workspace_mib)
-    losses_2 = weak[0] if strong is None else _of_all_views(weak[0], strong[0], len(image_h))
+    losses_2 = weak[0] if strong is None else of_all_views(weak[0], strong[0], len(image_h))
     return losses_2.sum() if reduction == "sum" else losses_2.mean()
 
 
@@ -506,12 +548,29 @@ def _require_offset(row_offset: int, rows: int, columns: int) -> None:
     require(-rows < row_offset < columns, "row_offset", row_offset, expected)
 
 
+def _losses(
+    image_AND: Tensor,
+    text_BMD: Tensor,
+    scale_AB: Tensor,
+    smoothing: list[float],
+    row_offset: int,
+    normalize: bool,
+    workspace: int,
+) -> tuple[Tensor, Tensor]:
+    """Losses and accuracies (A, B, 2) of the diagonal's positives, by whichever operation takes less time."""
+    size = 2 * image_AND.shape[1] * text_BMD.shape[1] * compute_dtype(image_AND).itemsize
+    if size <= workspace and image_AND.device.type == "cpu" and implementation(image_AND) is tiled:
+        need_grad = wanted(image_AND, text_BMD, scale_AB)
+        return _whole_operation(image_AND, text_BMD, scale_AB, smoothing, row_offset, normalize, need_grad)[:2]
+    return forward_operation(image_AND, text_BMD, scale_AB, smoothing, row_offset, True, normalize, workspace)[-2:]
+
+
 def _statistics(
     image_ND: Tensor, text_MD: Tensor, scale: Tensor, normalize: bool, workspace: int
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Log-sum-exps of rows (N,) and columns (M,), float64, and their maxima."""
     options = ([0.0], 0, False, normalize, workspace)
-    lse_N, lse_M, top_N, top_M, *_ = _forward(image_ND[None], text_MD[None], scale.reshape(1, 1), *options)
+    lse_N, lse_M, top_N, top_M, *_ = forward_operation(image_ND[None], text_MD[None], scale.reshape(1, 1), *options)
     return (lse_N[0, 0], lse_M[0, 0]), (top_N[0, 0], top_M[0, 0])
 
 
@@ -535,8 +594,8 @@ def _clip_parts(
     workspace = workspace_bytes(workspace_mib)
     if targets is None:
         _require_offset(row_offset, len(image_ND), len(text_MD))
-        options = ([float(label_smoothing)], row_offset, True, normalize, workspace, wanted(image, text, scale))
-        *_, losses, accuracies, _, _, _ = _forward(image[None], text[None], scale.reshape(1, 1), *options)
+        stacked = image[None], text[None], scale.reshape(1, 1)
+        losses, accuracies = _losses(*stacked, [float(label_smoothing)], row_offset, normalize, workspace)
         losses, accuracies = losses.reshape(2), accuracies.reshape(2)
     else:
         expected = "0 beside targets, which say themselves what belongs together"
@@ -553,7 +612,7 @@ def _clip_parts(
             normalize=normalize,
             workspace=workspace,
         )
-    return _with_bias(losses, logit_bias, image), accuracies
+    return with_bias(losses, logit_bias, image), accuracies
 
 
 def _multiview_parts(
@@ -574,19 +633,18 @@ def _multiview_parts(
         return weak, None
     shape = tuple(h[0][0].shape)
     require(shape[0] == samples, "image_h[0]", shape, f"a shape ({samples}, D), as many samples as image_z has")
-    with torch.autocast(h[0][0].device.type, enabled=False):  # which knows no float16 on the CPU
+    with without_autocast(h[0][0].device.type):  # which knows no float16 on the CPU
         image_KND, text_KND = (torch.stack(tuple(side)) for side in h)
     image_KND, text_KND = as_factors("image_h", image_KND, "text_h", text_KND)
     scale_KK = _pair_scales(scales[1], views, image_KND)
-    need_grad = wanted(image_KND, text_KND, scale_KK)
-    options = (smoothing, 0, True, normalize, workspace_bytes(workspace_mib), need_grad)
-    *_, losses_KK2, accuracies_KK2, _, _, _ = _forward(image_KND, text_KND, scale_KK, *options)
+    options = (smoothing, 0, normalize, workspace_bytes(workspace_mib))
+    losses_KK2, accuracies_KK2 = _losses(image_KND, text_KND, scale_KK, *options)
     return weak, (losses_KK2.mean((0, 1)), accuracies_KK2)
 
 
-def _of_all_views(weak_2: Tensor, strong_2: Tensor, views: int) -> Tensor:
+def of_all_views(weak: Tensor, strong: Tensor, views: int) -> Tensor:
     """``(weak + K * strong) / (1 + K)``."""
-    return torch.lerp(weak_2, strong_2, views / (1 + views))
+    return torch.lerp(weak, strong, views / (1 + views))
 
 
 def _clip_terms(losses_2: Tensor, accuracies_2: Tensor) -> ClipTerms:
@@ -596,7 +654,7 @@ def _clip_terms(losses_2: Tensor, accuracies_2: Tensor) -> ClipTerms:
     )
 
 
-def _with_bias(losses_2: Tensor, logit_bias: Tensor | float | None, like: Tensor) -> Tensor:
+def with_bias(losses_2: Tensor, logit_bias: Tensor | float | None, like: Tensor) -> Tensor:
     """A constant added to all logits changes no softmax; a bias that is trained gets its gradient, zero."""
     if logit_bias is None:
         return losses_2

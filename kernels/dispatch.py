@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,12 @@ def _triton_kernels() -> ModuleType | None:
     from rocket_fast.kernels import triton_contrastive
 
     return triton_contrastive
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Operations choose their own precision; nothing is entered where autocast is off, which takes a while."""
+    on = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if on else nullcontext()
 
 
 def implementation(x: Tensor) -> ModuleType:

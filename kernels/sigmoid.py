@@ -20,7 +20,7 @@ from rocket_fast.kernels.contrastive import (
     wanted,
     workspace_bytes,
 )
-from rocket_fast.kernels.dispatch import implementation
+from rocket_fast.kernels.dispatch import implementation, without_autocast
 from rocket_fast.kernels.tiled import compute_dtype
 
 # --- operations -------------------------------------------------------------------------------------------------------
@@ -38,7 +38,7 @@ def _forward_backward(
     workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(3): the loss and its gradients to scale and bias; those to images and texts (empty if not needed)."""
-    with torch.no_grad(), torch.autocast(image_ND.device.type, enabled=False):
+    with without_autocast(image_ND.device.type):
         loss, d_image, d_text, d_scale, d_bias = implementation(image_ND).sigmoid_forward_backward(
             image_ND,
             text_MD,

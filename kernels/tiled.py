@@ -15,6 +15,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,7 @@ EPS = 1e-12
 class Positives:
     """Where the matched pairs of an N x M problem are."""
 
+    offset: int
     first_row: int
     first_column: int
     count: int
@@ -47,15 +49,22 @@ class Positives:
     @staticmethod
     def of(rows: int, columns: int, row_offset: int) -> Positives:
         first_row, first_column = max(0, -row_offset), max(0, row_offset)
-        return Positives(first_row, first_column, min(rows - first_row, columns - first_column))
+        return Positives(row_offset, first_row, first_column, min(rows - first_row, columns - first_column))
 
     def per_row(self, x: Tensor) -> Tensor:
         """The part of ``x`` (..., N) that has positives."""
-        return x.narrow(-1, self.first_row, self.count)
+        return x if self.count == x.shape[-1] else x.narrow(-1, self.first_row, self.count)
 
     def per_column(self, x: Tensor) -> Tensor:
         """The part of ``x`` (..., M) that has positives."""
-        return x.narrow(-1, self.first_column, self.count)
+        return x if self.count == x.shape[-1] else x.narrow(-1, self.first_column, self.count)
+
+    def masks(self, like_NM: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns and rows of ones, zero where there is no positive: (N, 1) and (M,)."""
+        (rows, columns), ones_P = like_NM.shape, like_NM.new_ones(self.count)
+        row_N = F.pad(ones_P, (self.first_row, rows - self.first_row - self.count))
+        column_M = F.pad(ones_P, (self.first_column, columns - self.first_column - self.count))
+        return row_N[:, None], column_M
 
     def weights(self, losses_AB2: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
         """Every row's and every column's share (A, B, N) and (A, B, M) of its direction's, or none."""
@@ -90,11 +99,11 @@ def _prepared(x: Tensor, normalize: bool) -> Tensor:
 class Tiles:
     """The tiles of an N x M problem and the two buffers they are made in."""
 
-    def __init__(self, rows: int, columns: int, like: Tensor, workspace: int, *, whole: bool = False) -> None:
+    def __init__(self, rows: int, columns: int, like: Tensor, workspace: int) -> None:
         entries = max(1, workspace // (2 * like.element_size()))
         width = min(columns, TILE[1], entries)
         self.rows, self.columns = rows, columns
-        self.shape = (rows, columns) if whole else (min(rows, TILE[0], max(1, entries // width)), width)
+        self.shape = (min(rows, TILE[0], max(1, entries // width)), width)
         self._logits = self._scratch = like.new_empty(0)
 
     def row_slices(self) -> Iterator[slice]:
@@ -109,11 +118,8 @@ class Tiles:
         """Products of rows and columns, in the one buffer that there is for them."""
         if not len(self._logits):
             self._logits = rows_ND.new_empty(self.shape[0] * self.shape[1])
-        return torch.mm(rows_ND, columns_MD.T, out=self.last(rows_ND, columns_MD))
-
-    def last(self, rows_ND: Tensor, columns_MD: Tensor) -> Tensor:
-        """The buffer as it was left."""
-        return self._logits[: len(rows_ND) * len(columns_MD)].view(len(rows_ND), len(columns_MD))
+        tile_NM = self._logits[: len(rows_ND) * len(columns_MD)].view(len(rows_ND), len(columns_MD))
+        return torch.mm(rows_ND, columns_MD.T, out=tile_NM)
 
     def scratch(self, logits_NM: Tensor) -> Tensor:
         """A second matrix of a tile's size; its contents are whatever was there."""
@@ -135,18 +141,25 @@ def contrastive_forward(
     diagonal: bool,
     normalize: bool,
     workspace: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log-sum-exps of rows (A, B, N) and columns (A, B, M), their maxima, losses and accuracies (A, B, 2) each.
+) -> tuple[Tensor, ...]:
+    """Log-sum-exps of rows (A, B, N) and columns (A, B, M), their maxima; and what the positives tell.
+
+    That is: whether a column's positive is its pick (A, B, M), empty without ``diagonal``; losses and accuracies
+    (A, B, 2), rows' and columns'. Of equal logits the first is the pick.
 
     Log-sum-exps are float64 whatever the rest is: rounding one of a hundred to float32 would put the same error, 4e-6,
     on all probabilities of its row.
     """
     x_AND, y_BMD = _prepared(image_AND, normalize), _prepared(text_BMD, normalize)
     tiles = Tiles(x_AND.shape[1], y_BMD.shape[1], x_AND, workspace)
-    per_pair = [
-        _take_pair(x_ND, y_MD, scale, smoothing[index], row_offset if diagonal else None, tiles).results()
-        for index, (x_ND, y_MD, scale) in enumerate(_pairs(x_AND, y_BMD, scale_AB))
-    ]
+    per_pair = []
+    for index, (x_ND, y_MD, scale) in enumerate(_pairs(x_AND, y_BMD, scale_AB)):
+        statistics = _Statistics.of(x_ND, y_MD, scale, smoothing[index], row_offset if diagonal else None)
+        for row in tiles.row_slices():
+            scaled_ND = x_ND[row] * scale
+            for column in tiles.column_slices():
+                statistics.add(row, column, tiles.logits(scaled_ND, y_MD[column]), tiles)
+        per_pair.append(statistics.results())
     return _stacked(per_pair, scale_AB)
 
 
@@ -158,62 +171,48 @@ def contrastive_forward_backward(
     smoothing: Sequence[float],
     row_offset: int,
     normalize: bool,
-    workspace: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What ``contrastive_forward`` gives, and gradients (A, N, D), (B, M, D), (A, B) of the sum of all pairs' losses.
+    need_grad: bool,
+) -> tuple[Tensor, ...]:
+    """Losses and accuracies (A, B, 2), and gradients (A, N, D), (B, M, D), (A, B) of the sum of all pairs' losses.
 
-    For pairs that the workspace holds twice: their exponentials are still there when the sums are known, so that the
-    gradients take two products more, not three. In the precision computed with.
+    For pairs that fit into memory twice: their softmaxes are still there when the sums are known, so that the gradients
+    take two products more, not three. They are in the precision computed with, and empty without ``need_grad``.
     """
     x_AND, y_BMD = _prepared(image_AND, normalize), _prepared(text_BMD, normalize)
-    rows, columns = x_AND.shape[1], y_BMD.shape[1]
-    tiles = Tiles(rows, columns, x_AND, workspace, whole=True)
-    weights = Positives.of(rows, columns, row_offset).weights(scale_AB.new_ones(*scale_AB.shape, 2), rows, columns)
-    gradients = _Gradients(x_AND, y_BMD, scale_AB)
-    per_pair = []
-    for index, (x_ND, y_MD, scale) in enumerate(_pairs(x_AND, y_BMD, scale_AB)):
-        a, b = divmod(index, len(y_BMD))
-        statistics = _take_pair(x_ND, y_MD, scale, smoothing[index], row_offset, tiles)
-        per_pair.append(statistics.results())
-        pair = _PairGradient(
-            statistics.row.maximum,
-            *per_pair[-1][:2],
-            weights[0][a, b],
-            weights[1][a, b],
-            smoothing=smoothing[index],
-            row_offset=row_offset,
-        )
-        gradients.add(a, b, pair, tiles, exponentials_ready=True)
-    return *_stacked(per_pair, scale_AB), *gradients.finish(image_AND, text_BMD, normalize)
+    where = Positives.of(x_AND.shape[1], y_BMD.shape[1], row_offset)
+    logits_NM, scratch_NM = (x_AND.new_empty(x_AND.shape[1], y_BMD.shape[1]) for _ in range(2))
+    d_x_AND, d_y_BMD = (torch.empty_like(x) if need_grad else x for x in (x_AND, y_BMD))
+    d_scales, terms, scales = [], [], scale_AB.flatten().tolist()
+    for index, scale in enumerate(scales):
+        a, b = divmod(index, y_BMD.shape[0])
+        x_ND, d_x_ND = x_AND[a], d_x_AND[a]
+        options: dict[str, Any] = {"smoothing": smoothing[index], "where": where}
+        pair = _WholePair(x_ND, y_BMD[b], scale, logits_NM=logits_NM, scratch_NM=scratch_NM, **options)
+        terms.append((pair.losses_2, pair.accuracies_2))
+        if not need_grad:
+            continue
+        d_row_ND = d_x_ND if b == 0 else torch.empty_like(x_ND)
+        pair.differentiate(d_row_ND, d_y_BMD[b], first=a == 0)
+        d_scales.append(torch.linalg.vecdot(x_ND, d_row_ND).sum(dtype=torch.float64))
+        d_x_ND.mul_(scale) if b == 0 else d_x_ND.add_(d_row_ND, alpha=scale)
+    if not need_grad:
+        return *_stacked(terms, scale_AB), *(x_AND.new_empty(0) for _ in range(3))
+    d_scale_AB = torch.stack(d_scales).view_as(scale_AB).to(scale_AB.dtype)
+    d_image_AND = _through_normalization(image_AND, x_AND, d_x_AND, normalize)
+    d_text_BMD = _through_normalization(text_BMD, y_BMD, d_y_BMD, normalize)
+    return *_stacked(terms, scale_AB), d_image_AND, d_text_BMD, d_scale_AB
 
 
 def _pairs(x_AND: Tensor, y_BMD: Tensor, scale_AB: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     return ((x_ND, y_MD, scale_AB[a, b]) for a, x_ND in enumerate(x_AND) for b, y_MD in enumerate(y_BMD))
 
 
-def _stacked(
-    per_pair: Sequence[tuple[Tensor, ...]], scale_AB: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    lse_image, lse_text, top_image, top_text, losses, accuracies = (
-        (torch.stack(part) if len(part) > 1 else part[0]).view(*scale_AB.shape, -1)
+def _stacked(per_pair: Sequence[tuple[Tensor, ...]], scale_AB: Tensor) -> tuple[Tensor, ...]:
+    """Every result of all pairs, (A, B, its size)."""
+    return tuple(
+        (torch.stack(part) if len(part) > 1 else part[0]).view(*scale_AB.shape, -1) if part[0].shape[0] else part[0]
         for part in zip(*per_pair, strict=True)
     )
-    return lse_image, lse_text, top_image, top_text, losses, accuracies
-
-
-def _take_pair(
-    x_ND: Tensor, y_MD: Tensor, scale: Tensor, smoothing: float, row_offset: int | None, tiles: Tiles
-) -> _Statistics:
-    """One pass over a pair's tiles."""
-    mean_logits = None
-    if row_offset is not None and smoothing:
-        mean_logits = _mean_logits(x_ND, y_MD, scale, row_offset)
-    statistics = _Statistics(len(x_ND), len(y_MD), row_offset, smoothing, mean_logits)
-    for row in tiles.row_slices():
-        scaled_ND = x_ND[row] * scale
-        for column in tiles.column_slices():
-            statistics.add(row, column, tiles.logits(scaled_ND, y_MD[column]), tiles)
-    return statistics
 
 
 class _Online:
@@ -270,6 +269,13 @@ class _Statistics:
         # one, as torch.argmax has it, so that collapsed embeddings do not count as right.
         self.row_before, self.column_before = _Largest(rows), _Largest(columns)
 
+    @staticmethod
+    def of(x_ND: Tensor, y_MD: Tensor, scale: Tensor, smoothing: float, row_offset: int | None) -> _Statistics:
+        """Of nothing yet; ``row_offset`` None: there are no positives."""
+        smooth = row_offset is not None and smoothing
+        mean_logits = _mean_logits(x_ND, y_MD, scale, row_offset) if smooth else None
+        return _Statistics(len(x_ND), len(y_MD), row_offset, smoothing, mean_logits)
+
     def add(self, row: slice, column: slice, logits_NM: Tensor, tiles: Tiles) -> None:
         """Take in a tile of logits, which is overwritten."""
         if self.row_offset is None:
@@ -309,16 +315,18 @@ class _Statistics:
             self.column_before.add(column, _before_diagonal(logits.T, -offset, column_max, tied))
         return row_max, column_max
 
-    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Log-sum-exps of rows and columns, their maxima, losses (2,) and accuracies (2,)."""
+    def results(self) -> tuple[Tensor, ...]:
+        """What ``contrastive_forward`` returns, of this pair."""
         lse_N, lse_M = self.row.log_sum_exp(), self.column.log_sum_exp()
-        losses_2, accuracies_2 = (self.row.total.new_zeros(2) for _ in range(2))
-        if self.row_offset is not None:
-            losses_2, accuracies_2 = self._terms(lse_N, lse_M, self.row_offset)
-        return lse_N, lse_M, self.row.maximum, self.column.maximum, losses_2, accuracies_2
+        if self.row_offset is None:
+            new = self.row.total.new_zeros
+            terms = new(0, dtype=torch.bool), new(2), new(2)
+        else:
+            terms = self._terms(lse_N, lse_M, self.row_offset)
+        return lse_N, lse_M, self.row.maximum, self.column.maximum, *terms
 
-    def _terms(self, lse_N: Tensor, lse_M: Tensor, row_offset: int) -> tuple[Tensor, Tensor]:
-        """Losses image to text and text to image, and how often the pick is right, in percent."""
+    def _terms(self, lse_N: Tensor, lse_M: Tensor, row_offset: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Whether a text's pick is right, losses image to text and text to image, and the picks' accuracies."""
         where = Positives.of(self.row.size, self.column.size, row_offset)
         positive_P = torch.cat(self.positive) if len(self.positive) > 1 else self.positive[0]
 
@@ -332,18 +340,33 @@ class _Statistics:
         right_2P = both(self.row.maximum, self.column.maximum) == positive_P
         if len(self.row_before.value):
             right_2P &= both(self.row_before.value, self.column_before.value) < positive_P
-        return losses_2, right_2P.sum(1, dtype=losses_2.dtype) * (100 / where.count)
+        right_M = right_2P[1]
+        if where.count < self.column.size:
+            right_M = F.pad(right_M, (where.first_column, self.column.size - where.first_column - where.count))
+        return right_M, losses_2, right_2P.sum(1, dtype=losses_2.dtype) * (100 / where.count)
 
 
 def _exp_(x: Tensor) -> Tensor:
-    """``exp`` in place, of exponents up to about 0; what no sum would notice is zero.
-
-    Below the normal numbers' range the CPU computes five to ten times as slowly, and so do the products that follow.
-    """
-    floor = math.log(torch.finfo(x.dtype).tiny) + 12  # room for the weights, 1 / N, that the results are multiplied by
+    """``exp`` in place, of exponents up to about 0; what no sum would notice is zero, see ``_negligible``."""
+    floor = math.log(_negligible(x.dtype))
     if x.device.type == "cpu" and x.amin().item() < floor:
         torch.threshold_(x, floor, -torch.inf)
     return x.exp_()
+
+
+def _drop_negligible_(softmax: Tensor) -> None:
+    """What no sum would notice becomes zero, see ``_negligible``."""
+    floor = _negligible(softmax.dtype)
+    if softmax.device.type == "cpu" and softmax.amin().item() < floor:
+        torch.threshold_(softmax, floor, 0)
+
+
+def _negligible(dtype: torch.dtype) -> float:
+    """Exponentials below this count as nothing: with room for the weights, 1 / N, that they are multiplied by.
+
+    Below the normal numbers' range the CPU computes five to ten times as slowly, and so do the products that follow.
+    """
+    return torch.finfo(dtype).tiny * 2.0**17
 
 
 def _near(largest: Tensor, low: Tensor) -> bool:
@@ -384,7 +407,7 @@ def _before_diagonal(logits: Tensor, offset: int, row_max: Tensor, tied: bool) -
     return best
 
 
-def _mean_logits(x_ND: Tensor, y_MD: Tensor, scale: Tensor, row_offset: int) -> Tensor:
+def _mean_logits(x_ND: Tensor, y_MD: Tensor, scale: Tensor | float, row_offset: int) -> Tensor:
     """Mean logit over (rows with a positive) x (all columns), and over (all rows) x (columns with a positive): (2,).
 
     A sum of products is a product of sums: no N x M work.
@@ -422,18 +445,21 @@ def contrastive_backward(
     x_AND, y_BMD = _prepared(image_AND, normalize), _prepared(text_BMD, normalize)
     tiles = Tiles(x_AND.shape[1], y_BMD.shape[1], x_AND, workspace)
     gradients = _Gradients(x_AND, y_BMD, scale_AB, need_text=need_text)
-    for a in range(len(x_AND)):
-        for b in range(len(y_BMD)):
-            pair = _PairGradient(
-                lse_image_ABN[a, b].to(x_AND.dtype),
-                lse_image_ABN[a, b],
-                lse_text_ABM[a, b],
-                weight_image_ABN[a, b],
-                weight_text_ABM[a, b],
-                smoothing=smoothing[a * len(y_BMD) + b] if diagonal else 0.0,
-                row_offset=row_offset if diagonal else None,
-            )
-            gradients.add(a, b, pair, tiles)
+    for index, (x_ND, y_MD, scale) in enumerate(_pairs(x_AND, y_BMD, scale_AB)):
+        a, b = divmod(index, len(y_BMD))
+        pair = _TiledPair(
+            x_ND,
+            y_MD,
+            scale,
+            weight_image_ABN[a, b],
+            weight_text_ABM[a, b],
+            lse_image_ABN[a, b],
+            lse_text_ABM[a, b],
+            smoothing=smoothing[index] if diagonal else 0.0,
+            row_offset=row_offset if diagonal else None,
+            tiles=tiles,
+        )
+        gradients.add(a, b, pair)
     d_image, d_text, d_scale_AB = gradients.finish(image_AND, text_BMD, normalize)
     return d_image.to(image_AND.dtype) if need_image else image_AND.new_empty(0), d_text.to(text_BMD.dtype), d_scale_AB
 
@@ -448,13 +474,12 @@ class _Gradients:
         self.d_y_BMD = torch.zeros_like(y_BMD) if need_text else None
         self.d_scale_AB = torch.zeros_like(scale_AB)
 
-    def add(self, a: int, b: int, pair: _PairGradient, tiles: Tiles, *, exponentials_ready: bool = False) -> None:
+    def add(self, a: int, b: int, pair: _TiledPair) -> None:
         """Take in the pair of views a and b."""
-        x_ND, scale = self.x_AND[a], self.scale_AB[a, b]
-        d_row_ND = self.d_x_AND[a] if self.alone else torch.empty_like(x_ND)  # to the scaled rows
-        d_text_MD = None if self.d_y_BMD is None else self.d_y_BMD[b]
-        pair.accumulate(x_ND, self.y_BMD[b], scale, d_row_ND, d_text_MD, tiles, exponentials_ready=exponentials_ready)
-        self.d_scale_AB[a, b] = torch.linalg.vecdot(x_ND, d_row_ND).sum(dtype=torch.float64)
+        scale = self.scale_AB[a, b]
+        d_row_ND = self.d_x_AND[a] if self.alone else torch.empty_like(pair.x_ND)  # to the scaled rows
+        pair.differentiate(d_row_ND, None if self.d_y_BMD is None else self.d_y_BMD[b])
+        self.d_scale_AB[a, b] = torch.linalg.vecdot(pair.x_ND, d_row_ND).sum(dtype=torch.float64)
         if self.alone:
             d_row_ND.mul_(scale)
         else:
@@ -468,61 +493,139 @@ class _Gradients:
         return d_image, _through_normalization(text_BMD, self.y_BMD, self.d_y_BMD, normalize), self.d_scale_AB
 
 
-class _PairGradient:
-    """The gradient of one pair of views: ``G = w_i (softmax_row - target) + w_j (softmax_column - target)``.
+class _WholePair:
+    """A pair that the workspace holds twice: its softmaxes are kept from the statistics, not made once more.
 
-    Exponentials are taken relative to ``reference_N`` for rows and rounded log-sum-exps for columns; how far these are
-    from the exact log-sum-exps goes into factors of the weights.
+    Written for few calls: of a small problem's time they are the most.
     """
 
     def __init__(
         self,
-        reference_N: Tensor,
-        lse_N: Tensor,
-        lse_M: Tensor,
-        weight_N: Tensor,
-        weight_M: Tensor,
+        x_ND: Tensor,
+        y_MD: Tensor,
+        scale: float,
         *,
         smoothing: float,
-        row_offset: int | None,
+        where: Positives,
+        logits_NM: Tensor,
+        scratch_NM: Tensor,
     ) -> None:
-        self.weight_N, self.weight_M = weight_N, weight_M
-        self.smoothing, self.row_offset = smoothing, row_offset
-        self.reference_N, self.reference_M = reference_N, lse_M.to(reference_N.dtype)
-        self.factor_N = weight_N * (reference_N - lse_N).exp().to(weight_N.dtype)
-        self.factor_M = weight_M * (self.reference_M - lse_M).exp().to(weight_M.dtype)
-        self.largest = reference_N.max()
-        self.one_exponential = _near(self.largest, self.reference_M)
+        self.x_ND, self.y_MD, self.scale, self.smoothing, self.where = x_ND, y_MD, scale, smoothing, where
+        torch.addmm(logits_NM, x_ND, y_MD.T, beta=0, alpha=scale, out=logits_NM)
+        positive_P, row_top_N, column_top_M = self._take_picks(logits_NM)
+        loss_2P = self._both(row_top_N, column_top_M).sub_(positive_P)
+        self.softmax_NM, *excesses = self._to_softmaxes(logits_NM, scratch_NM, row_top_N, column_top_M)
+        self.losses_2 = loss_2P.add_(self._both(*excesses)).mean(1)
+        _diagonal(self.softmax_NM, where.offset).sub_(2 * (1 - smoothing))
+        if smoothing:
+            mean_logits_2 = _mean_logits(x_ND, y_MD, scale, where.offset)
+            self.losses_2.add_(positive_P.mean() - mean_logits_2, alpha=smoothing)
 
-    def accumulate(
+    def _both(self, row_N: Tensor, column_M: Tensor) -> Tensor:
+        """What belongs to the positives, (2, P)."""
+        return torch.stack([self.where.per_row(row_N), self.where.per_column(column_M)])
+
+    def _take_picks(self, logits_NM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Accuracies; gives the positives and the maxima of rows and columns."""
+        diagonal_P = _diagonal(logits_NM, self.where.offset)
+        positive_P = diagonal_P.clone()
+        diagonal_P.fill_(-torch.inf)
+        row_top_N, column_top_M = logits_NM.amax(1), logits_NM.amax(0)
+        diagonal_P.copy_(positive_P)
+        others_2P = self._both(row_top_N, column_top_M)
+        right_2P = positive_P > others_2P
+        for own_P in (self.where.per_row(row_top_N), self.where.per_column(column_top_M)):
+            torch.maximum(own_P, positive_P, out=own_P)
+        if (others_2P == positive_P).any():  # of equal logits the first is the pick
+            before_N = _before_diagonal(logits_NM, self.where.offset, row_top_N, tied=True)
+            before_M = _before_diagonal(logits_NM.T, -self.where.offset, column_top_M, tied=True)
+            right_2P = (positive_P >= others_2P) & (positive_P > self._both(before_N, before_M))
+        self.accuracies_2 = right_2P.sum(1, dtype=positive_P.dtype).mul_(100 / self.where.count)
+        return positive_P, row_top_N, column_top_M
+
+    def _to_softmaxes(
+        self, logits_NM: Tensor, scratch_NM: Tensor, row_top_N: Tensor, column_top_M: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The sum of the softmaxes of rows and of columns with positives; by how much log-sum-exps exceed the maxima.
+
+        The logits are overwritten.
+        """
+        softmax_NM = torch.ops.aten._softmax.out(logits_NM, 1, False, out=scratch_NM)
+        row_share_N = softmax_NM.amax(1)  # of the maximum: 1 / sum exp(S - maximum)
+        _drop_negligible_(softmax_NM)
+        weight_N, weight_M = self.where.masks(logits_NM)
+        largest = row_top_N.max()
+        if _near(largest, column_top_M):
+            # exp(S - largest) = softmax exp(maximum - largest) / share: every column's sum, and its softmax, is made of
+            # the rows' softmaxes and a number for each row.
+            relative_N = (row_top_N - largest).exp_().div_(row_share_N)
+            total_M = torch.mv(softmax_NM.T, relative_N)
+            factor_NM = torch.mul(relative_N[:, None], weight_M / total_M, out=logits_NM).add_(weight_N)
+            softmax_NM.mul_(factor_NM)
+            column_excess_M = total_M.log_().add_(largest - column_top_M)
+        else:
+            total_M = _exp_(logits_NM.sub_(column_top_M)).sum(0)
+            softmax_NM.mul_(weight_N).addcmul_(logits_NM, weight_M / total_M)
+            column_excess_M = total_M.log_()
+        return softmax_NM, row_share_N.log_().neg_(), column_excess_M
+
+    def differentiate(self, d_row_ND: Tensor, d_text_MD: Tensor, *, first: bool) -> None:
+        """``d_row_ND = G Y`` (without the scale) and ``d_text_MD += scale * G^T X``; = if it is the ``first`` part."""
+        share, beta = 1 / self.where.count, 0 if first else 1
+        torch.addmm(d_row_ND, self.softmax_NM, self.y_MD, beta=0, alpha=share, out=d_row_ND)
+        torch.addmm(d_text_MD, self.softmax_NM.T, self.x_ND, beta=beta, alpha=share * self.scale, out=d_text_MD)
+        if self.smoothing:
+            weights = (share * weight.flatten() for weight in self.where.masks(self.softmax_NM))
+            _smooth(self.x_ND, self.y_MD, self.scale, self.smoothing, *weights, d_row_ND, d_text_MD)
+
+
+class _TiledPair:
+    """A pair whose logits are made once more, tile by tile: ``G = w_i (softmax_row - target) + w_j (softmax_column -
+    target)``, where ``weight_N``, ``weight_M`` are how much each row's and each column's loss weighs.
+
+    Exponentials are taken relative to rounded log-sum-exps; how far these are from the exact ones goes into factors of
+    the weights.
+    """
+
+    def __init__(
         self,
         x_ND: Tensor,
         y_MD: Tensor,
         scale: Tensor,
-        d_row_ND: Tensor,
-        d_text_MD: Tensor | None,
-        tiles: Tiles,
+        weight_N: Tensor,
+        weight_M: Tensor,
+        lse_N: Tensor,
+        lse_M: Tensor,
         *,
-        exponentials_ready: bool = False,
+        smoothing: float,
+        row_offset: int | None,
+        tiles: Tiles,
     ) -> None:
-        """``d_row_ND = G Y`` (without the scale) and ``d_text_MD += scale * G^T X``.
+        self.x_ND, self.y_MD, self.scale, self.tiles = x_ND, y_MD, scale, tiles
+        self.weight_N, self.weight_M = weight_N, weight_M
+        self.smoothing, self.row_offset = smoothing, row_offset
+        self.reference_N, self.reference_M = lse_N.to(x_ND.dtype), lse_M.to(x_ND.dtype)
+        self.factor_N = weight_N * (self.reference_N - lse_N).exp().to(weight_N.dtype)
+        self.factor_M = weight_M * (self.reference_M - lse_M).exp().to(weight_M.dtype)
+        self.largest = self.reference_N.max()
+        self.one_exponential = _near(self.largest, self.reference_M)
 
-        ``exponentials_ready``: the only tile holds ``exp(S - reference_N)``.
-        """
-        ready = exponentials_ready and self.one_exponential
-        for row in tiles.row_slices():
-            scaled_ND = x_ND[row] * scale
-            for column in tiles.column_slices():
-                tile_NM = tiles.last(scaled_ND, y_MD) if ready else tiles.logits(scaled_ND, y_MD[column])
-                self._to_gradient(row, column, tile_NM, tiles.scratch(tile_NM), ready)
-                d_row_ND[row].addmm_(tile_NM, y_MD[column], beta=float(column.start > 0))
+    def differentiate(self, d_row_ND: Tensor, d_text_MD: Tensor | None) -> None:
+        """``d_row_ND = G Y`` (without the scale) and ``d_text_MD += scale * G^T X``."""
+        for row in self.tiles.row_slices():
+            scaled_ND = self.x_ND[row] * self.scale
+            for column in self.tiles.column_slices():
+                tile_NM = self.tiles.logits(scaled_ND, self.y_MD[column])
+                self._to_gradient(row, column, tile_NM, self.tiles.scratch(tile_NM))
+                d_row_ND[row].addmm_(tile_NM, self.y_MD[column], beta=float(column.start > 0))
                 if d_text_MD is not None:
                     d_text_MD[column].addmm_(tile_NM.T, scaled_ND)
         if self.smoothing:
-            self._smooth(x_ND, y_MD, scale, d_row_ND, d_text_MD)
+            weights = (self.weight_N, self.weight_M)
+            _smooth(self.x_ND, self.y_MD, self.scale, self.smoothing, *weights, d_row_ND, d_text_MD)
 
-    def _to_gradient(self, row: slice, column: slice, logits_NM: Tensor, scratch_NM: Tensor, ready: bool) -> None:
-        """Turn a tile of logits (or their exponentials) into that of their gradients, but for smoothing's constants."""
+    def _to_gradient(self, row: slice, column: slice, logits_NM: Tensor, scratch_NM: Tensor) -> None:
+        """Turn a tile of logits into that of their gradients, but for smoothing's constants."""
         weight_row, weight_column = self.weight_N[row], self.weight_M[column]
         factor_row, factor_column = self.factor_N[row], self.factor_M[column]
         reference_row, reference_column = self.reference_N[row], self.reference_M[column]
@@ -533,9 +636,7 @@ class _PairGradient:
                 torch.stack([torch.ones_like(factor_column), factor_column * (self.largest - reference_column).exp()]),
                 out=scratch_NM,
             )
-            if not ready:
-                _exp_(logits_NM.sub_(reference_row[:, None]))
-            logits_NM.mul_(scratch_NM)
+            _exp_(logits_NM.sub_(reference_row[:, None])).mul_(scratch_NM)
         else:
             _exp_(torch.sub(logits_NM, reference_column, out=scratch_NM))
             _exp_(logits_NM.sub_(reference_row[:, None]))
@@ -543,18 +644,27 @@ class _PairGradient:
         if self.row_offset is None:
             return
         offset = row.start + self.row_offset - column.start
-        positive = _diagonal(logits_NM, offset)
-        if count := positive.shape[0]:
-            both = weight_row.narrow(0, max(0, -offset), count) + weight_column.narrow(0, max(0, offset), count)
-            positive.sub_(both, alpha=1 - self.smoothing)
+        positive_P = _diagonal(logits_NM, offset)
+        if count := positive_P.shape[0]:
+            both_P = weight_row.narrow(0, max(0, -offset), count) + weight_column.narrow(0, max(0, offset), count)
+            positive_P.sub_(both_P, alpha=1 - self.smoothing)
 
-    def _smooth(self, x_ND: Tensor, y_MD: Tensor, scale: Tensor, d_row_ND: Tensor, d_text_MD: Tensor | None) -> None:
-        """Label smoothing takes ``w_i e / M + w_j e / N`` from every entry of G: two matrices of rank one."""
-        per_row_N = self.weight_N * (self.smoothing / len(y_MD))
-        per_column_M = self.weight_M * (self.smoothing / len(x_ND))
-        d_row_ND.addr_(per_row_N, y_MD.sum(0), alpha=-1).sub_(per_column_M @ y_MD)
-        if d_text_MD is not None:
-            d_text_MD.addr_(per_column_M, scale * x_ND.sum(0), alpha=-1).sub_(scale * (per_row_N @ x_ND))
+
+def _smooth(
+    x_ND: Tensor,
+    y_MD: Tensor,
+    scale: Tensor | float,
+    smoothing: float,
+    weight_N: Tensor,
+    weight_M: Tensor,
+    d_row_ND: Tensor,
+    d_text_MD: Tensor | None,
+) -> None:
+    """Label smoothing takes ``w_i e / M + w_j e / N`` from every entry of G: two matrices of rank one."""
+    per_row_N, per_column_M = weight_N * (smoothing / y_MD.shape[0]), weight_M * (smoothing / x_ND.shape[0])
+    d_row_ND.addr_(per_row_N, y_MD.sum(0), alpha=-1).sub_(per_column_M @ y_MD)
+    if d_text_MD is not None:
+        d_text_MD.addr_(per_column_M, scale * x_ND.sum(0), alpha=-1).sub_(scale * (per_row_N @ x_ND))
 
 
 # --- pairwise sigmoid: loss and gradients in one pass -----------------------------------------------------------------

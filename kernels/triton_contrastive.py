@@ -348,9 +348,9 @@ def _diagonal_kernel(
 
 @triton.jit
 def _join_side(
-    part_ptr: t.Any, lse_ptr: t.Any, top_ptr: t.Any, positive_ptr: t.Any, rival_ptr: t.Any, term_ptr: t.Any,
-    smoothing_ptr: t.Any, pair: t.Any, pairs: t.Any, first: t.Any, parts: t.Any, size: t.Any, other_size: t.Any,
-    offset: t.Any, first_tile: t.Any, crossings: t.Any,
+    part_ptr: t.Any, lse_ptr: t.Any, top_ptr: t.Any, right_ptr: t.Any, positive_ptr: t.Any, rival_ptr: t.Any,
+    term_ptr: t.Any, smoothing_ptr: t.Any, pair: t.Any, pairs: t.Any, first: t.Any, parts: t.Any, size: t.Any,
+    other_size: t.Any, offset: t.Any, first_tile: t.Any, crossings: t.Any,
     BY_ROW: tl.constexpr, DIAGONAL: tl.constexpr, SMOOTH: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """Log-sum-exps of a block of rows (or columns) from their parts; the block's share of loss and accuracy."""
@@ -385,6 +385,8 @@ def _join_side(
         if SMOOTH:
             loss += tl.load(smoothing_ptr + pair) * positive
         right = matched & (positive > rival)
+        if not BY_ROW:
+            tl.store(right_ptr + pair.to(tl.int64) * size + index, right.to(tl.int8), mask=ok)
         tl.store(term_ptr, tl.sum(tl.where(matched, loss, 0.0), 0))
         tl.store(term_ptr + 1, tl.sum(right.to(tl.float32), 0))
 
@@ -400,6 +402,7 @@ def _join_kernel(
     lse_text_ptr: t.Any,  # (A * B, M), float64
     top_image_ptr: t.Any,  # (A * B, N): maxima
     top_text_ptr: t.Any,  # (A * B, M)
+    right_text_ptr: t.Any,  # (A * B, M), int8, written if DIAGONAL: whether a column's positive is its pick
     term_ptr: t.Any,  # (A * B, blocks of rows then of columns, 2), written if DIAGONAL: loss, number of right picks
     smoothing_ptr: t.Any,  # (A * B), read if SMOOTH
     N: t.Any,
@@ -420,15 +423,15 @@ def _join_kernel(
     term_ptr += 2 * (pair * tl.num_programs(0) + block)
     if block < row_blocks:
         _join_side(
-            row_part_ptr, lse_image_ptr, top_image_ptr, positive_ptr, row_rival_ptr, term_ptr, smoothing_ptr, pair,
-            pairs, block * BLOCK, row_parts, N, M, row_offset, first_tile, crossings, True, DIAGONAL, SMOOTH, TILE,
-            BLOCK,
+            row_part_ptr, lse_image_ptr, top_image_ptr, right_text_ptr, positive_ptr, row_rival_ptr, term_ptr,
+            smoothing_ptr, pair, pairs, block * BLOCK, row_parts, N, M, row_offset, first_tile, crossings, True,
+            DIAGONAL, SMOOTH, TILE, BLOCK,
         )  # fmt: skip
     else:
         _join_side(
-            column_part_ptr, lse_text_ptr, top_text_ptr, positive_ptr, column_rival_ptr, term_ptr, smoothing_ptr, pair,
-            pairs, (block - row_blocks) * BLOCK, column_parts, M, N, -row_offset, first_tile, crossings, False,
-            DIAGONAL, SMOOTH, TILE, BLOCK,
+            column_part_ptr, lse_text_ptr, top_text_ptr, right_text_ptr, positive_ptr, column_rival_ptr, term_ptr,
+            smoothing_ptr, pair, pairs, (block - row_blocks) * BLOCK, column_parts, M, N, -row_offset, first_tile,
+            crossings, False, DIAGONAL, SMOOTH, TILE, BLOCK,
         )  # fmt: skip
 
 
@@ -1140,7 +1143,7 @@ def contrastive_forward(
     diagonal: bool,
     normalize: bool,
     workspace: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Log-sum-exps and maxima of rows and columns of every pair, losses and accuracies; at most 6 launches.
 
     Args:
@@ -1148,14 +1151,15 @@ def contrastive_forward(
         scale_AB: float32.
         smoothing: label smoothing of each pair, row-major.
         row_offset: row i's positive is column ``i + row_offset``.
-        diagonal: whether there are positives; without, no smoothing either, and the last two are zero.
+        diagonal: whether there are positives; without, no smoothing either, and what they would tell is empty or zero.
         normalize: scale every row to unit length first, as ``torch.nn.functional.normalize`` does.
         workspace: bytes that partial statistics may take (16 a row, 32 a column and pair they always take).
 
     Returns:
         Log-sum-exps (A, B, N) and (A, B, M) in float64 (their rounding would be an error of every probability); maxima
-        (A, B, N) and (A, B, M); losses (A, B, 2) of rows and of columns, means over those with a positive; and their
-        accuracies (A, B, 2) in percent: of equal logits the first is the pick.
+        (A, B, N) and (A, B, M); whether a column's positive is its pick (A, B, M); losses (A, B, 2) of rows and of
+        columns, means over those with a positive; and their accuracies (A, B, 2) in percent: of equal logits the first
+        is the pick.
     """
     smooth = diagonal and any(smoothing)
     with _on(image_AND):
@@ -1200,30 +1204,31 @@ class _Statistics:
                 self.first_tile, problem.folded, *config.tile, **config.built,
             )  # fmt: skip
 
-    def join(self, smoothing: Tensor, smooth: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Log-sum-exps, maxima, losses and accuracies."""
+    def join(self, smoothing: Tensor, smooth: bool) -> tuple[Tensor, ...]:
+        """What ``contrastive_forward`` returns."""
         problem = self.problem
         A, B, N, M = problem.A, problem.B, problem.N, problem.M
         new = problem.scale.new_empty
         lse = new(A, B, N, dtype=torch.float64), new(A, B, M, dtype=torch.float64)
         top = new(A, B, N), new(A, B, M)
+        right = new((A, B, M) if self.diagonal else 0, dtype=torch.int8)
         row_blocks, column_blocks = _ceil(N, VECTOR_BLOCK), _ceil(M, VECTOR_BLOCK)
         term = new(problem.pairs, row_blocks + column_blocks, 2)
         _launch(
             _join_kernel, (row_blocks + column_blocks, problem.pairs), self.row_part, self.column_part, self.positive,
-            self.row_rival, self.column_rival, *lse, *top, term, smoothing, N, M, problem.row_offset, self.wide,
+            self.row_rival, self.column_rival, *lse, *top, right, term, smoothing, N, M, problem.row_offset, self.wide,
             2 * self.high, self.first_tile, self.crossings, self.diagonal, smooth, self.config.rows, VECTOR_BLOCK,
             num_warps=VECTOR_WARPS,
         )  # fmt: skip
         if not self.diagonal:
-            return *lse, *top, problem.scale.new_zeros(A, B, 2), problem.scale.new_zeros(A, B, 2)
+            return *lse, *top, right.view(torch.bool), *(problem.scale.new_zeros(A, B, 2) for _ in range(2))
         losses, accuracies = new(A, B, 2), new(A, B, 2)
         _launch(
             _terms_kernel, (problem.pairs,), term, problem.x_sums, problem.y_sums, problem.scale, smoothing, losses,
             accuracies, N, M, problem.D, B, problem.positives, row_blocks, column_blocks, _ceil(N, CHUNK),
             _ceil(M, CHUNK), smooth, ROW_WIDTH, VECTOR_BLOCK, num_warps=VECTOR_WARPS,
         )  # fmt: skip
-        return *lse, *top, losses, accuracies
+        return *lse, *top, right.view(torch.bool), losses, accuracies
 
 
 @dataclass(frozen=True)

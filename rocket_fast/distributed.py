@@ -56,9 +56,6 @@ def row_counts(tensor: Tensor) -> list[int]:
     return [int(n) for n in counts]
 
 
-_row_counts = row_counts  # the name rocket_fast/interop/open_clip.py still uses
-
-
 # --- all-gather -------------------------------------------------------------------------------------------------------
 
 

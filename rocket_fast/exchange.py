@@ -39,7 +39,7 @@ from rocket_fast.errors import require
 from rocket_fast.kernels import ClipTerms, MultiviewClipTerms, clip_terms, multiview_clip_terms
 from rocket_fast.kernels import contrastive as operations
 from rocket_fast.kernels.checks import require_same_rows, require_scalar, require_views
-from rocket_fast.kernels.contrastive import as_factors, as_number, workspace_bytes
+from rocket_fast.kernels.contrastive import as_factors, as_number, of_all_views, workspace_bytes
 from rocket_fast.kernels.tiled import compute_dtype
 
 Exchange = Literal["auto", "one_sided", "all_gather"]
@@ -52,16 +52,23 @@ WORKSPACE_MIB = 64.0  # scratch memory of the operations
 
 
 def multiview_terms(
-    own: Embeddings, ranks: AllRanks, *, exchange: Exchange, gather_grad: bool, label_smoothing: float
+    own: Embeddings,
+    ranks: AllRanks,
+    *,
+    exchange: Exchange,
+    gather_grad: bool = True,
+    label_smoothing: float = 0.0,
+    normalize: bool = True,
 ) -> MultiviewClipTerms:
-    """The parts of CL2L over all ranks' samples, the same on every rank; embeddings are taken raw, in their own dtype.
+    """The parts of CL2L over all ranks' samples, the same on every rank; embeddings are taken in their own dtype.
 
-    ``exchange``, ``gather_grad``, ``label_smoothing``: as in ``rocket_fast.losses.LossConfig``.
+    ``exchange``, ``gather_grad``, ``label_smoothing``: as in ``rocket_fast.losses.LossConfig``. ``normalize``: the
+    embeddings are raw; else they are compared as they are.
     """
     if not gather_grad and world_size() > 1:
-        return _without_gradients_across(own, ranks, label_smoothing)
+        return _without_gradients_across(own, ranks, label_smoothing, normalize)
     if world_size() > 1 and (exchange == "one_sided" or (exchange == "auto" and _worthwhile(own, ranks))):
-        return _one_sided(own, ranks, label_smoothing)
+        return _one_sided(own, ranks, label_smoothing, normalize)
     (image_z, text_z), image_h, text_h = ranks.gather((own.image_z, own.text_z), own.image_h, own.text_h)
     return multiview_clip_terms(
         image_z,
@@ -71,7 +78,7 @@ def multiview_terms(
         text_h,
         own.h_logit_scale,
         label_smoothing=label_smoothing,
-        normalize=True,
+        normalize=normalize,
         workspace_mib=WORKSPACE_MIB,
     )
 
@@ -89,8 +96,8 @@ def _combined(weak: ClipTerms, strong: ClipTerms | None, views: int) -> Multivie
     return MultiviewClipTerms(
         weak=weak,
         strong=strong,
-        loss_image=(weak.loss_image + views * strong.loss_image) / (1 + views),
-        loss_text=(weak.loss_text + views * strong.loss_text) / (1 + views),
+        loss_image=of_all_views(weak.loss_image, strong.loss_image, views),
+        loss_text=of_all_views(weak.loss_text, strong.loss_text, views),
     )
 
 
@@ -105,7 +112,9 @@ def _clip_terms(terms_4: Tensor) -> ClipTerms:
 # --- no gradients across ranks ----------------------------------------------------------------------------------------
 
 
-def _without_gradients_across(own: Embeddings, ranks: AllRanks, label_smoothing: float) -> MultiviewClipTerms:
+def _without_gradients_across(
+    own: Embeddings, ranks: AllRanks, label_smoothing: float, normalize: bool
+) -> MultiviewClipTerms:
     """What CLIP's descendants with a plain all-gather train on, SLIP's among them.
 
     A rank takes the mean over its own samples: image to all texts, text to all images, the gathered side constant, its
@@ -122,7 +131,7 @@ def _without_gradients_across(own: Embeddings, ranks: AllRanks, label_smoothing:
         options: dict[str, Any] = {
             "label_smoothing": e,
             "row_offset": ranks.first_row,
-            "normalize": True,
+            "normalize": normalize,
             "workspace_mib": WORKSPACE_MIB,
         }
         to_text = clip_terms(image, all_texts, scale, **options)
@@ -163,7 +172,7 @@ class _Block(NamedTuple):
         return _Block(image_AND, text_BMD, as_number(scale, image_AND).expand(len(images), len(texts)))
 
 
-def _one_sided(own: Embeddings, ranks: AllRanks, label_smoothing: float) -> MultiviewClipTerms:
+def _one_sided(own: Embeddings, ranks: AllRanks, label_smoothing: float, normalize: bool) -> MultiviewClipTerms:
     """The scheme described above: weak pair and strong pairs share the collectives, and so do all strong pairs."""
     require_same_rows("image_z", own.image_z, "text_z", own.text_z)
     require_scalar("logit_scale", own.logit_scale, own.image_z.device)
@@ -174,24 +183,27 @@ def _one_sided(own: Embeddings, ranks: AllRanks, label_smoothing: float) -> Mult
         blocks.append(_Block.of(own.image_h, text_h, _strong_scale(own)))
     for block in blocks:
         as_factors("image", block.image_AND, "text", block.text_BMD)  # checks that the dtypes agree
-    terms = _OneSided.apply(ranks, *(tensor for block in blocks for tensor in block))
+    terms = _OneSided.apply(ranks, normalize, *(tensor for block in blocks for tensor in block))
     weak = _clip_terms(terms[0].reshape(4))
     if not own.image_h:
         return _combined(weak, None, 0)
     strong = terms[1].mean((0, 1))
     if label_smoothing:
-        gap = _smoothing_gap(torch.stack(own.image_h), torch.stack(own.text_h), blocks[1].scale_AB, ranks.samples)
+        sides = (torch.stack(own.image_h), torch.stack(own.text_h))
+        gap = _smoothing_gap(*sides, blocks[1].scale_AB, ranks.samples, normalize)
         strong = strong + label_smoothing * F.pad(gap.mean().expand(2), (0, 2))  # of both losses, no accuracy
     return _combined(weak, _clip_terms(strong), len(own.image_h))
 
 
-def _smoothing_gap(image_AND: Tensor, text_BND: Tensor, scale_AB: Tensor, samples: int) -> Tensor:
+def _smoothing_gap(image_AND: Tensor, text_BND: Tensor, scale_AB: Tensor, samples: int, normalize: bool) -> Tensor:
     """The positives' mean logit minus that of all pairs, (A, B): label smoothing e adds e times this to a loss.
 
     Of this rank's own embeddings, and with one all-reduce of A * B + (A + B) * D numbers: positives have both sides on
     one rank, and a mean of products is a product of means.
     """
-    x_AND, y_BND = (F.normalize(side.to(compute_dtype(side)), dim=-1) for side in (image_AND, text_BND))
+    x_AND, y_BND = (side.to(compute_dtype(side)) for side in (image_AND, text_BND))
+    if normalize:
+        x_AND, y_BND = F.normalize(x_AND, dim=-1), F.normalize(y_BND, dim=-1)
     (views, _, width), text_views = x_AND.shape, len(y_BND)
     positives_AB = torch.einsum("and,bnd->ab", x_AND, y_BND)
     own = torch.cat([positives_AB.flatten(), x_AND.sum(1).flatten(), y_BND.sum(1).flatten()])
@@ -207,9 +219,9 @@ class _OneSided(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, ranks: AllRanks, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, ranks: AllRanks, normalize: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
         blocks = [_Block(*tensors[i : i + 3]) for i in range(0, len(tensors), 3)]
-        parts = [_OwnRows(block, ranks) for block in blocks]
+        parts = [_OwnRows(block, ranks, normalize) for block in blocks]
         highest = _all_reduce([part.bar_ABM for part in parts], dist.ReduceOp.MAX)
         addends = [part.addends(bar_ABM) for part, bar_ABM in zip(parts, highest, strict=True)]
         totals = _all_reduce([addend for of_part in addends for addend in of_part], dist.ReduceOp.SUM)
@@ -220,7 +232,7 @@ class _OneSided(torch.autograd.Function):
             terms.append(own_AB4 / ranks.samples)
             saved += [part.lse_image_ABN, bar_ABM.double() + log_ABM]
         ctx.save_for_backward(*saved)
-        ctx.ranks = ranks
+        ctx.ranks, ctx.normalize = ranks, normalize
         return tuple(terms)
 
     @staticmethod
@@ -229,39 +241,39 @@ class _OneSided(torch.autograd.Function):
         statistics = saved[3 * len(d_terms) :]
         for index, d_terms_AB4 in enumerate(d_terms):
             lse_image_ABN, lse_text_ABM = statistics[2 * index : 2 * index + 2]
-            needs = ctx.needs_input_grad[1 + 3 * index :][:3]
+            needs = ctx.needs_input_grad[2 + 3 * index :][:3]
             # Each of the M rows and columns has its share of the loss; world_size() is what DDP's average takes away.
             share_AB4 = d_terms_AB4 * (world_size() / ctx.ranks.samples)
-            gradients += operations._backward(
+            gradients += operations.backward_operation(
                 *saved[3 * index : 3 * index + 3],
                 lse_image_ABN,
                 lse_text_ABM,
                 share_AB4[..., 0, None].expand_as(lse_image_ABN),
                 share_AB4[..., 1, None].expand_as(lse_text_ABM),
-                *_options(d_terms_AB4, ctx.ranks),
+                *_options(d_terms_AB4, ctx.ranks, ctx.normalize),
                 *needs[:2],
                 workspace_bytes(WORKSPACE_MIB),
             )
             gradients[-3:] = [each if needed else None for each, needed in zip(gradients[-3:], needs, strict=True)]
-        return None, *gradients
+        return None, None, *gradients
 
 
-def _options(per_pair_AB: Tensor, ranks: AllRanks) -> tuple[list[float], int, bool, bool]:
-    """No smoothing, row offset, with positives, normalised."""
+def _options(per_pair_AB: Tensor, ranks: AllRanks, normalize: bool) -> tuple[list[float], int, bool, bool]:
+    """No smoothing, row offset, with positives, whether to normalise."""
     pairs = per_pair_AB.shape[0] * per_pair_AB.shape[1]
-    return [0.0] * pairs, ranks.first_row, True, True
+    return [0.0] * pairs, ranks.first_row, True, normalize
 
 
 class _OwnRows:
     """What a rank knows of a block before it hears of the others."""
 
-    def __init__(self, block: _Block, ranks: AllRanks) -> None:
+    def __init__(self, block: _Block, ranks: AllRanks, normalize: bool) -> None:
         self.rows = block.image_AND.shape[1]
         self.first = ranks.first_row
-        options = (*_options(block.scale_AB, ranks), workspace_bytes(WORKSPACE_MIB))
-        self.lse_image_ABN, self.lse_text_ABM, _, top_ABM, *terms, _, _, _ = operations._forward(*block, *options)
-        self.terms_AB4 = torch.cat(terms, dim=-1)
-        self.right_ABN = _own_picks(block, self._own(top_ABM), self._own(block.text_BMD.mT).mT)
+        options = (*_options(block.scale_AB, ranks, normalize), workspace_bytes(WORKSPACE_MIB))
+        found = operations.forward_operation(*block, *options)
+        self.lse_image_ABN, self.lse_text_ABM, _, top_ABM, right_ABM, *terms = found
+        self.terms_AB4, self.right_ABM = torch.cat(terms, dim=-1), right_ABM
         # What a column's positive must reach to be its pick, as far as these rows go: of equal logits the first is the
         # pick, so where the positive comes later, in a higher rank's rows, it must be larger.
         self.bar_ABM = top_ABM.clone()
@@ -277,22 +289,11 @@ class _OwnRows:
         and the terms (A, B, 4), times samples; to the text loss the logarithms of the former's totals are to be added.
         """
         beyond_ABM = (self.lse_text_ABM - highest_ABM).to(highest_ABM.dtype)
-        loss_image, loss_text, accuracy_image, accuracy_text = (self.rows * self.terms_AB4).unbind(-1)
+        loss_image, loss_text, accuracy_image, _ = (self.rows * self.terms_AB4).unbind(-1)
         loss_text = loss_text - self._own(beyond_ABM).sum(-1)
-        right_ABN = self.right_ABN & (self._own(self.bar_ABM) == self._own(highest_ABM))
-        # Of equal logits in this rank's own rows only the count says which is the pick, not the columns' flags: the
-        # lesser of both is exact without such ties and may be too high with them.
-        accuracy_text = torch.minimum(accuracy_text, 100 * right_ABN.sum(-1).to(accuracy_text.dtype))
+        right_ABN = self._own(self.right_ABM & (self.bar_ABM == highest_ABM))
+        accuracy_text = 100 * right_ABN.sum(-1, dtype=accuracy_image.dtype)
         return beyond_ABM.exp(), torch.stack([loss_image, loss_text, accuracy_image, accuracy_text], dim=-1)
-
-
-def _own_picks(block: _Block, top_ABN: Tensor, text_BND: Tensor) -> Tensor:
-    """Whether this rank's positives reach their columns' largest logits in its own rows, to rounding."""
-    x_AND, y_BND = (F.normalize(side.to(compute_dtype(side)), dim=-1) for side in (block.image_AND, text_BND))
-    cosines = [torch.linalg.vecdot(x_ND, y_ND) for x_ND, y_ND in product(x_AND, y_BND)]
-    positive_ABN = block.scale_AB[..., None] * torch.stack(cosines).view_as(top_ABN)
-    slack = 16 * torch.finfo(top_ABN.dtype).eps * (block.scale_AB.abs()[..., None] + top_ABN.abs())
-    return positive_ABN >= top_ABN - slack
 
 
 def _all_reduce(tensors: Sequence[Tensor], operation: Any) -> list[Tensor]:

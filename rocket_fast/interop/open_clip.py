@@ -25,8 +25,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from rocket_fast import distributed
+from rocket_fast.batch import Embeddings
 from rocket_fast.errors import require
+from rocket_fast.exchange import multiview_terms
 from rocket_fast.kernels import clip_loss, siglip_loss
+from rocket_fast.kernels.contrastive import as_number, with_bias
 
 DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
 
@@ -49,8 +52,8 @@ class ClipLoss(nn.Module):
     """Symmetric InfoNCE with open_clip's interface.
 
     Args:
-        local_loss, gather_with_grad: taken, and without effect: every process computes the exact loss of the whole
-            batch with all gradients.
+        local_loss, gather_with_grad: taken, and without effect: every process gets the exact loss of the whole batch
+            and all gradients, by whichever exchange of rocket_fast/exchange.py is faster.
         cache_labels: taken, and without effect: there are no labels to keep.
         rank, world_size: this process's number and the number of processes; with more than one, torch.distributed is
             initialised by the time of the first call. 1 sees the local batch only, as open_clip's does.
@@ -89,9 +92,12 @@ class ClipLoss(nn.Module):
     ) -> Any:
         """The loss of features (N, D), already of unit length; ``{"contrastive_loss": loss}`` with ``output_dict``."""
         _require_place(self.rank, self.world_size)
-        if self.world_size > 1:
-            image_features, text_features = distributed.gather(image_features), distributed.gather(text_features)
-        return _output(clip_loss(image_features, text_features, logit_scale, logit_bias=logit_bias), output_dict)
+        if self.world_size == 1:
+            return _output(clip_loss(image_features, text_features, logit_scale, logit_bias=logit_bias), output_dict)
+        scale = as_number(logit_scale, image_features)
+        own = Embeddings(image_z=image_features, text_z=text_features, logit_scale=scale)
+        terms = multiview_terms(own, distributed.AllRanks(image_features), exchange="auto", normalize=False)
+        return _output(with_bias((terms.loss_image + terms.loss_text) / 2, logit_bias, image_features), output_dict)
 
 
 class SigLipLoss(nn.Module):
@@ -134,7 +140,7 @@ class SigLipLoss(nn.Module):
         bias = 0.0 if logit_bias is None else logit_bias
         if self.world_size == 1:
             return _output(siglip_loss(image_features, text_features, logit_scale, bias), output_dict)
-        counts = distributed._row_counts(text_features)
+        counts = distributed.row_counts(text_features)
         loss = siglip_loss(
             image_features,
             distributed.gather(text_features),

@@ -103,9 +103,13 @@ def objectives(exchange: str) -> dict[str, Callable[[Embeddings], Any]]:
     }
 
 
-def tied(count: int) -> Embeddings:
-    """Embeddings that equal those of three samples before, bit for bit; texts too."""
-    one_hot = torch.eye(3, dtype=torch.float64)[torch.arange(count) % 3]
+# Which samples are equal, bit for bit: each to those three before; and some within a rank, some across ranks.
+TIES = {"in turns": [0, 1, 2, 0, 1, 2, 0, 1], "within and across": [0, 6, 2, 3, 4, 4, 6, 7]}
+
+
+def tied(pattern: str, count: int) -> Embeddings:
+    """Embeddings of which some are equal, images and texts."""
+    one_hot = torch.eye(8, dtype=torch.float64)[TIES[pattern][:count]]
     scale = torch.tensor(4.0, dtype=torch.float64)
     return Embeddings(image_z=one_hot, text_z=one_hot, logit_scale=scale)
 
@@ -129,13 +133,14 @@ def exact_schemes(sizes: tuple[int, ...]) -> dict[str, Any]:
     weak_only = nn.parallel.DistributedDataParallel(Towers(torch.float64, strong=0))
     mine = own_part(samples(sum(sizes), torch.float64), sizes, dim=1)
     results["weak only"] = outcome(weak_only, mine, build_loss(LossConfig(exchange="one_sided"), None))
-    everyone = tied(sum(sizes))
-    ties = Embeddings(
-        image_z=own_part(everyone.image_z, sizes),
-        text_z=own_part(everyone.text_z, sizes),
-        logit_scale=everyone.logit_scale,
-    )
-    results["ties"] = build_loss(LossConfig(exchange="one_sided"), None)(ties).metrics
+    for pattern in TIES:
+        everyone = tied(pattern, sum(sizes))
+        own = Embeddings(
+            image_z=own_part(everyone.image_z, sizes),
+            text_z=own_part(everyone.text_z, sizes),
+            logit_scale=everyone.logit_scale,
+        )
+        results[pattern] = build_loss(LossConfig(exchange="one_sided"), None)(own).metrics
     return results
 
 
@@ -186,7 +191,9 @@ def traffic_and_memory(sizes: tuple[int, ...]) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for scheme in ("one_sided", "all_gather", "auto"):
         few, _ = bytes_sent_and_peak(lambda s=scheme: step(s, 4))
-        sent, peak = bytes_sent_and_peak(lambda s=scheme: step(s, sizes[0]))
+        # The least of several: the backend's threads free some tensors when they get to it.
+        (sent, peak), *again = (bytes_sent_and_peak(lambda s=scheme: step(s, sizes[0])) for _ in range(3))
+        peak = min(peak, *(other for _, other in again))
         results[scheme] = {"sent for few": few, "sent": sent, "peak": peak}
     return results
 
@@ -321,10 +328,11 @@ def test_plain_clip_and_ties(ranks: list[dict[str, Any]], sizes: tuple[int, ...]
     expected = outcome(Towers(torch.float64, strong=0), samples(sum(sizes), torch.float64), objective)
     for result in of_case(ranks, sizes, "weak only"):
         require_equal(result, expected, torch.float64, "weak only")
-    ties = objective(tied(sum(sizes))).metrics
-    assert ties["clip_acc"] < 100 or sum(sizes) <= 3
-    for result in of_case(ranks, sizes, "ties"):
-        require_equal(result, ties, torch.float64, "ties")
+    for pattern in TIES:
+        ties = objective(tied(pattern, sum(sizes))).metrics
+        assert ties["clip_acc"] < 100
+        for result in of_case(ranks, sizes, pattern):
+            require_equal(result, ties, torch.float64, pattern)
 
 
 def own_samples_loss(embeddings: Embeddings, own: slice) -> tuple[Tensor, Tensor]:

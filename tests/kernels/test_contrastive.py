@@ -489,10 +489,10 @@ def test_nothing_quadratic_is_saved_for_backward(loss: Callable[..., Tensor]) ->
 
 def test_operations_pass_opcheck() -> None:
     image, text, scale = (leaf(x) for x in (random(2, 5, 3), random(2, 7, 3, seed=1), random(2, 2).abs()))
-    lse = contrastive._forward(image, text, scale, [0.1] * 4, 1, True, True, 1 << 16)[:2]
+    lse = contrastive.forward_operation(image, text, scale, [0.1] * 4, 1, True, True, 1 << 16)[:2]
     for diagonal in (True, False):
         options = (1, diagonal, True)
-        torch.library.opcheck(contrastive._forward, (image, text, scale, [0.1] * 4, *options, 1 << 16))
+        torch.library.opcheck(contrastive.forward_operation, (image, text, scale, [0.1] * 4, *options, 1 << 16))
         arguments = (
             image.detach(),
             text.detach(),
@@ -500,7 +500,13 @@ def test_operations_pass_opcheck() -> None:
             *(x.detach() for x in lse),
             *(x.detach() for x in lse),
         )
-        torch.library.opcheck(contrastive._backward, (*arguments, [0.1] * 4, *options, True, True, 1 << 16))
+        torch.library.opcheck(contrastive.backward_operation, (*arguments, [0.1] * 4, *options, True, True, 1 << 16))
+    inputs = [x.detach() for x in (image, text, scale)]
+    torch.library.opcheck(contrastive._whole_operation, (image, text, scale, [0.1] * 4, 1, True, True))
+    torch.library.opcheck(contrastive._whole_operation, (*inputs, [0.1] * 4, 1, True, False))
+    made = [x.detach() for x in contrastive._whole_operation(image, text, scale, [0.1] * 4, 1, True, True)[2:]]
+    for d_losses in (torch.full((2, 2, 2), 0.5).double(), random(2, 2, 2)):
+        torch.library.opcheck(contrastive._rescale, (d_losses, *made, *inputs, [0.1] * 4, 1, True))
     torch.library.opcheck(
         positives.pair_products, (image[0], text[0], torch.tensor([0, 0, 2]), torch.tensor([1, 6, 0]), 64)
     )

@@ -109,6 +109,7 @@ class Expected:
     lse_text: torch.Tensor
     terms: torch.Tensor
     losses: tuple
+    right_text: torch.Tensor
     inputs: tuple
     logits: torch.Tensor
 
@@ -125,12 +126,14 @@ def dense(problem):
     logits = scale[:, :, None, None] * torch.einsum("and,bmd->abnm", x, y)
     lse_image, lse_text = logits.logsumexp(3), logits.logsumexp(2)
     if not problem.diagonal:
-        return Expected(lse_image, lse_text, torch.zeros(*scale.shape, 4), (lse_image, lse_text), inputs, logits)
+        none = torch.zeros(*scale.shape, 4), (lse_image, lse_text), torch.zeros(0, dtype=torch.bool)
+        return Expected(lse_image, lse_text, *none, inputs, logits)
     image_loss, image_right = direction(logits, lse_image, problem, problem.row_offset)
     text_loss, text_right = direction(logits.mT, lse_text, problem, -problem.row_offset)
     count = len(matched(*logits.shape[2:], problem.row_offset)[0])
+    right_text = text_right > 0
     terms = torch.stack([part.sum(-1) / count for part in (image_loss, text_loss, image_right, text_right)], -1)
-    return Expected(lse_image, lse_text, terms.detach(), (image_loss, text_loss), inputs, logits)
+    return Expected(lse_image, lse_text, terms.detach(), (image_loss, text_loss), right_text, inputs, logits)
 
 
 def matched(rows, columns, offset):
@@ -174,7 +177,7 @@ def copies(problem):
 def check(problem, workspace=64 * MIB, accuracy_exact=True):
     """Values and gradients."""
     expected = dense(problem)
-    *lse, top_image, top_text, losses, accuracies = problem.statistics(workspace)
+    *lse, top_image, top_text, right, losses, accuracies = problem.statistics(workspace)
     terms = torch.cat([losses, accuracies], -1)
     scale = problem.scale.abs().max().item()
     tolerance = scale * (4e-7 + (2 * ROUNDING[FP16] if copies(problem) else 0))
@@ -186,6 +189,7 @@ def check(problem, workspace=64 * MIB, accuracy_exact=True):
     torch.testing.assert_close(terms[..., :2], wanted[..., :2], rtol=1e-6, atol=tolerance)
     if accuracy_exact:
         torch.testing.assert_close(terms[..., 2:], wanted[..., 2:], rtol=1e-6, atol=0)
+        assert torch.equal(right.cpu(), expected.right_text)
     weights = weights_for(problem)
     check_gradients(problem, problem.backward(lse, weights, workspace), expected.gradients(weights), weights)
 
