@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rocket_fast import exchange
 from rocket_fast.interop.open_clip import DIST_IMPLS, ClipLoss, SigLipLoss
 
 STEPS, BATCH = 20, 16
@@ -172,7 +173,11 @@ def run_rank(rank: int, sizes: list[int], folder: Path) -> None:
     model = nn.parallel.DistributedDataParallel(Towers())
     mine = samples(sum(sizes)).split(sizes)[rank]
     place = {"rank": rank, "world_size": len(sizes)}
-    torch.save(values_and_gradients(model, mine, losses(**place)), folder / f"{rank}.pt")
+    found = []
+    for flop in (math.inf, 0.0):  # so few samples are gathered; so many would be exchanged one-sidedly
+        exchange.COLLECTIVES_FLOP["cpu"] = flop
+        found.append(values_and_gradients(model, mine, losses(**place)))
+    torch.save(found, folder / f"{rank}.pt")
     for misplaced in ({"rank": rank, "world_size": 3}, {"rank": 1 - rank, "world_size": 2}):
         for loss in losses(**misplaced).values():
             with pytest.raises(ValueError, match=r"world_size: got 3, expected 2|rank: got \d, expected \d"):
@@ -193,9 +198,10 @@ def test_two_processes_equal_one_on_the_whole_batch(sizes: tuple[int, ...], tmp_
         for process in processes:
             process.kill()
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(sizes))]
+    gathered, one_sided = zip(*ranks, strict=True)
     expected = values_and_gradients(Towers(), samples(sum(sizes)), losses())
-    for name, value in expected.items():
-        values = [results[name] for results in ranks]
+    for (name, value), found in itertools.product(expected.items(), (gathered, one_sided)):
+        values = [results[name] for results in found]
         if name.startswith("siglip") and "/" not in name:  # each process's value is its share
             values = [torch.stack(values).mean()]
         for one in values:
