@@ -29,7 +29,7 @@ from peers import CUDA_CASES, OURS, Case, Figures, Problem, leaves
 from torch import Tensor
 
 from rocket_fast.config import provenance
-from rocket_fast.kernels import clip_loss, log_sum_exp, multiview_clip_loss, siglip_loss
+from rocket_fast.kernels import clip_loss, clip_terms, log_sum_exp, multiview_clip_loss, siglip_loss
 
 BUDGET = 220.0
 """Seconds for everything, of the four minutes that the suite may take."""
@@ -182,13 +182,25 @@ class Check:
     row_offset: int = 0
     captions: int = 0
     """Positives an image, as ``targets`` (N, K); 0 takes the diagonal."""
+    one_direction: bool = False
+    """The loss image to text alone, whose gradient is not that of both."""
+    autocast: bool = False
+    """float32 embeddings, multiplied in ``dtype`` under autocast."""
 
     def __str__(self) -> str:
         extras = {"e": self.smoothing, "offset": self.row_offset, "captions": self.captions}
         extra = [f"{name}={value:g}" for name, value in extras.items() if value] + ["raw"] * self.normalize
+        extra += ["image to text"] * self.one_direction + ["autocast"] * self.autocast
         extra += [f"s={self.scale:g}"] if self.scale > 20 else []
         sizes = f"{self.op} {self.rows} x {self.columns}, D={self.width}, {str(self.dtype).removeprefix('torch.')}"
         return ", ".join([sizes, *extra])
+
+    def sized(self, machine: Machine) -> Check:
+        """The same, as large as the run wants it."""
+        sizes = {name: machine.size(getattr(self, name)) for name in ("rows", "columns")}
+        offset = machine.size(abs(self.row_offset)) if self.row_offset else 0
+        offset = offset if self.row_offset > 0 else -offset
+        return replace(self, **sizes, width=machine.width(self.width), row_offset=offset)
 
     def tensors(self, machine: Machine) -> tuple[Tensor, Tensor, Tensor]:
         """Images, texts, scale: leaves."""
@@ -198,7 +210,8 @@ class Check:
         image = image + 5 * torch.randn(self.rows, self.width, generator=generator)
         if not self.normalize:
             image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
-        factors = (side.to(machine.device, self.dtype).requires_grad_() for side in (image, text))
+        rounded = (side.to(machine.device, self.dtype) for side in (image, text))
+        factors = ((side.float() if self.autocast else side).requires_grad_() for side in rounded)
         return (*factors, torch.tensor(self.scale, device=machine.device, requires_grad=True))
 
     def targets(self, machine: Machine) -> Tensor | None:
@@ -231,6 +244,8 @@ class Check:
         positives = self.positives(machine)
         has_N = torch.cat([positives(block).sum(1) for block in blocks(self.rows, self.columns)]) > 0
         has_M = sum(positives(block).sum(0) for block in blocks(self.rows, self.columns)) > 0
+        if self.one_direction:
+            return has_N.double() / has_N.sum(), torch.zeros_like(has_M).double()
         return has_N.double() / (2 * has_N.sum()), has_M.double() / (2 * has_M.sum())
 
 
@@ -247,12 +262,22 @@ def ours(check: Check, machine: Machine) -> Gradients:
         value = weight_N @ lse_N + weight_M @ lse_M
     else:
         options = {"label_smoothing": check.smoothing, "row_offset": check.row_offset, "normalize": check.normalize}
-        value = clip_loss(image, text, scale, targets=check.targets(machine), **options)
+        with torch.autocast(machine.device, check.dtype, enabled=check.autocast):
+            if check.one_direction:
+                value = clip_terms(image, text, scale, **options).loss_image
+            else:
+                value = clip_loss(image, text, scale, targets=check.targets(machine), **options)
     return _differentiated(value, image, text, scale)
 
 
 def eager(check: Check, machine: Machine) -> Gradients:
     """The same in plain torch, similarities in the inputs' dtype."""
+    with torch.autocast(machine.device, check.dtype, enabled=check.autocast):
+        value, *leaves = _eager_loss(check, machine)
+    return _differentiated(value, *leaves)
+
+
+def _eager_loss(check: Check, machine: Machine) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     image, text, scale = check.tensors(machine)
     x, y = (F.normalize(side, dim=1) if check.normalize else side for side in (image, text))
     logits = scale * x @ y.T
@@ -264,17 +289,18 @@ def eager(check: Check, machine: Machine) -> Gradients:
         value = (weight_N * logits.logsumexp(1)).sum() + (weight_M * logits.logsumexp(0)).sum()
     else:
         value = _eager_clip(check, machine, logits)
-    return _differentiated(value, image, text, scale)
+    return value, image, text, scale
 
 
 def _eager_clip(check: Check, machine: Machine, logits: Tensor) -> Tensor:
     cross_entropy = partial(F.cross_entropy, label_smoothing=check.smoothing)
-    if check.captions == 0:  # rows and columns with a positive; offsets here are >= 0
-        count = min(check.rows, check.columns - check.row_offset)
+    if check.captions == 0:  # rows and columns with a positive
+        row, column = max(0, -check.row_offset), max(0, check.row_offset)
+        count = min(check.rows - row, check.columns - column)
         index = torch.arange(count, device=logits.device)
-        rows, columns = logits[:count], logits.T[check.row_offset : check.row_offset + count]
-        of_rows = cross_entropy(rows, index + check.row_offset)
-        return (of_rows + cross_entropy(columns, index)) / 2
+        of_rows = cross_entropy(logits[row : row + count], index + column)
+        of_columns = cross_entropy(logits.T[column : column + count], index + row)
+        return of_rows if check.one_direction else (of_rows + of_columns) / 2
     positives = check.positives(machine)(slice(0, check.rows)).to(logits.dtype)
     soft, soft_T = (side / side.sum(1, keepdim=True) for side in (positives, positives.T))
     return (cross_entropy(logits, soft) + cross_entropy(logits.T, soft_T)) / 2
@@ -332,13 +358,7 @@ def bounds(check: Check, eager_errors: dict[str, float] | None) -> dict[str, flo
 
 
 def run_check(check: Check, machine: Machine) -> Result:
-    check = replace(
-        check,
-        rows=machine.size(check.rows),
-        columns=machine.size(check.columns),
-        width=machine.width(check.width),
-        row_offset=machine.size(check.row_offset) if check.row_offset else 0,
-    )
+    check = check.sized(machine)
     truth, note = exact(check, machine), ""
     found = errors(ours(check, machine), truth)
     machine.empty_cache()
@@ -350,6 +370,28 @@ def run_check(check: Check, machine: Machine) -> Result:
     passed = all(found[name] <= limits[name] for name in limits)  # also False for NaN
     figures = {"ours": found, "plain torch": plain, "bounds": limits}
     return Result("check", str(check), "ok" if passed else "FAILED", figures, note)
+
+
+def run_accuracy_check(check: Check, machine: Machine) -> Result:
+    """How often the largest logit is the positive's, the first of equals; every text and image is there twice."""
+    check = check.sized(machine)
+    image, text, scale = (tensor.detach() for tensor in check.tensors(machine))
+    image, text = (side[torch.arange(len(side), device=side.device) // 2] for side in (image, text))
+    got = clip_terms(image, text, scale, row_offset=check.row_offset)
+    x, y, column = image.double(), text.double(), torch.arange(check.rows, device=image.device) + check.row_offset
+    known = (column >= 0) & (column < check.columns)
+    right_N = [(x[block] @ y.T).argmax(1) == column[block] for block in blocks(check.rows, check.columns)]
+    right_M = [(y[block] @ x.T).argmax(1) for block in blocks(check.columns, check.rows)]
+    row = torch.arange(check.columns, device=image.device) - check.row_offset
+    exact = {
+        "image": 100 * float((torch.cat(right_N) & known).sum() / known.sum()),
+        "text": 100 * float((torch.cat(right_M) == row).sum() / known.sum()),
+    }
+    found = {"image": float(got.accuracy_image), "text": float(got.accuracy_text)}
+    # Logits that differ in float32's last digits may change places: a few in ten thousand.
+    passed = all(abs(found[side] - exact[side]) <= 0.05 for side in exact)
+    figures = {"ours": found, "float64": exact}
+    return Result("check", f"accuracy of equals, {check}", "ok" if passed else "FAILED", figures)
 
 
 def run_multiview_check(dtype: torch.dtype, machine: Machine) -> Result:
@@ -534,11 +576,22 @@ CHECKS = (
     Check("clip", 5003, 4999, 513, FP32, smoothing=0.1, normalize=True),
     Check("clip", 4999, 5003, 100, BF16),
     Check("clip", 8192, 8192, 512, BF16, captions=3),
+    Check("clip", 8192, 8192, 512, FP32, captions=3, smoothing=0.1, normalize=True),
+    Check("clip", 16384, 4096, 512, BF16, row_offset=-4096, smoothing=0.1),
+    Check("clip", 8192, 8192, 512, BF16, one_direction=True),
+    Check("clip", 8192, 8192, 512, BF16, autocast=True),
+    Check("clip", 8192, 8192, 512, BF16, autocast=True, captions=2, smoothing=0.1),
     Check("log_sum_exp", 8192, 12288, 512, FP32),
     Check("log_sum_exp", 8192, 12288, 512, BF16, normalize=True),
     Check("siglip", 32768, 32768, 512, BF16, scale=10.0),
     Check("siglip", 8192, 8192, 768, FP32, scale=10.0, normalize=True),
     Check("clip", 65600, 65600, 256, BF16),
+)
+ACCURACIES = (
+    Check("clip", 8192, 8192, 512, BF16),
+    Check("clip", 8192, 8192, 512, FP16),
+    Check("clip", 8192, 8192, 512, FP32),
+    Check("clip", 12288, 8192, 512, BF16, row_offset=-1024),
 )
 REPEATED = (
     Problem("clip", 32768, 512, BF16),
@@ -565,6 +618,7 @@ def rows() -> list[Row]:
     result = [Row("ceiling", "product", partial(run_gemm, *gemm), 5) for gemm in GEMMS]
     result += [Row("ceiling", "copy", run_copy, 2)]
     result += [Row("check", str(check), partial(run_check, check), 15) for check in CHECKS[:-1]]
+    result += [Row("check", f"accuracy {check}", partial(run_accuracy_check, check), 10) for check in ACCURACIES]
     result += [Row("check", "multiview", partial(run_multiview_check, dtype), 10) for dtype in (BF16, FP32)]
     result += [Row("repeatable", str(problem), partial(run_repeat, problem), 5) for problem in REPEATED]
     result += [Row("launches", str(p), partial(run_launches, p, most), 5) for p, most in LAUNCHES.items()]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from rocket_fast.errors import require
 
@@ -20,45 +21,53 @@ def require_matrix(name: str, x: Tensor) -> None:
     require(x.is_floating_point(), name, x.dtype, "a floating point dtype")
 
 
-def require_pair(first_name: str, first: Tensor, second_name: str, second: Tensor) -> None:
-    """Two matrices of one shape, dtype and device."""
+def require_pair(first_name: str, first: Tensor, second_name: str, second: Tensor, *, one_dtype: bool = True) -> None:
+    """Two matrices of one shape and device, and of one dtype where asked."""
     require_matrix(first_name, first)
-    shape = tuple(first.shape)
-    require(tuple(second.shape) == shape, second_name, tuple(second.shape), f"the shape of {first_name}, {shape}")
-    require(second.dtype == first.dtype, second_name, second.dtype, f"the dtype of {first_name}, {first.dtype}")
+    require(isinstance(second, Tensor), second_name, type(second), "a tensor")
+    shape, got = tuple(first.shape), tuple(second.shape)
+    require(got == shape, second_name, got, lambda: f"the shape of {first_name}, {shape}")
+    fits = second.dtype == first.dtype or not one_dtype
+    require(fits, second_name, second.dtype, f"the dtype of {first_name}, {first.dtype}")
     require(second.device == first.device, second_name, second.device, f"the device of {first_name}, {first.device}")
 
 
-def require_views(first_name: str, first: Sequence[Tensor], second_name: str, second: Sequence[Tensor]) -> None:
-    """Equally many views on both sides, all of one shape, dtype and device."""
+def require_views(
+    first_name: str, first: Sequence[Tensor], second_name: str, second: Sequence[Tensor], *, one_dtype: bool = True
+) -> None:
+    """Equally many views on both sides, all of one shape and device, and of one dtype (or one for each side)."""
+    for name, views in ((first_name, first), (second_name, second)):
+        listed = isinstance(views, Sequence) and all(isinstance(view, Tensor) for view in views)
+        require(listed, name, type(views), "a list or tuple of tensors, one for each view")
     count = len(first)
     require(len(second) == count, f"len({second_name})", len(second), f"{count}, the number of views in {first_name}")
     for index in range(count):
         require_pair(f"{first_name}[0]", first[0], f"{first_name}[{index}]", first[index])
-        require_pair(f"{first_name}[0]", first[0], f"{second_name}[{index}]", second[index])
+        require_pair(f"{first_name}[0]", first[0], f"{second_name}[{index}]", second[index], one_dtype=one_dtype)
+        require_pair(f"{second_name}[0]", second[0], f"{second_name}[{index}]", second[index])
 
 
 def require_same_width(first_name: str, first: Tensor, second_name: str, second: Tensor) -> None:
     """Two matrices (N, D) and (M, D) on one device; dtypes may differ."""
     require_matrix(first_name, first)
     require_matrix(second_name, second)
-    width = first.shape[1]
-    expected = f"a shape (M, {width}), as wide as {first_name}"
-    require(second.shape[1] == width, second_name, tuple(second.shape), expected)
+    width, got = first.shape[1], tuple(second.shape)
+    require(got[1] == width, second_name, got, lambda: f"a shape (M, {width}), as wide as {first_name}")
     require(second.device == first.device, second_name, second.device, f"the device of {first_name}, {first.device}")
 
 
 def require_same_rows(first_name: str, first: Tensor, second_name: str, second: Tensor) -> None:
     """Two matrices (N, D), row by row belonging together."""
     require_same_width(first_name, first, second_name, second)
-    expected = f"a shape {tuple(first.shape)}, a row for each of {first_name}"
-    require(len(second) == len(first), second_name, tuple(second.shape), expected)
+    shape, got = tuple(first.shape), tuple(second.shape)
+    require(got[0] == shape[0], second_name, got, lambda: f"a shape {shape}, a row for each of {first_name}")
 
 
 def require_scalar(name: str, value: Tensor | float, device: torch.device | None = None) -> None:
     """One number: finite wherever that can be seen without waiting for a device, on ``device`` if it is a tensor."""
     if not isinstance(value, Tensor):
-        number = isinstance(value, numbers.Real) and math.isfinite(value)
+        known = not torch.compiler.is_compiling()  # a number that changes from call to call is a symbol there
+        number = isinstance(value, numbers.Real) and (not known or math.isfinite(value))
         require(number, name, value, "a finite number or a tensor of one")
         return
     require(value.numel() == 1, name, f"a tensor of shape {tuple(value.shape)}", "one value")
@@ -66,9 +75,19 @@ def require_scalar(name: str, value: Tensor | float, device: torch.device | None
     require(device is None or value.device == device, name, value.device, f"the device of the embeddings, {device}")
 
 
+def values_visible(value: Tensor) -> bool:
+    """Whether values can be looked at at no cost: they exist, on the CPU, and no graph is being made."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(value, FakeTensor)
+
+
+def require_integer(name: str, value: object) -> None:
+    """A whole number of any kind."""
+    require(isinstance(value, numbers.Integral) and not isinstance(value, bool), name, value, "an integer")
+
+
 def require_finite(name: str, value: Tensor) -> None:
-    """Finite values, looked at only on the CPU and outside a compiled graph, where it costs nothing."""
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+    """Finite values, wherever they are visible."""
+    if values_visible(value):
         values = value.tolist()
         finite = math.isfinite(values) if isinstance(values, float) else bool(value.detach().isfinite().all())
         require(finite, name, values, "finite values")
@@ -76,4 +95,5 @@ def require_finite(name: str, value: Tensor) -> None:
 
 def require_smoothing(label_smoothing: float, name: str = "label_smoothing") -> None:
     """A number in [0, 1)."""
-    require(0.0 <= label_smoothing < 1.0, name, label_smoothing, "a number in [0, 1)")
+    fits = isinstance(label_smoothing, numbers.Real) and 0.0 <= label_smoothing < 1.0
+    require(fits, name, label_smoothing, "a number in [0, 1)")

@@ -21,6 +21,7 @@ from rocket_fast.errors import require
 from rocket_fast.kernels import tiled
 from rocket_fast.kernels.checks import (
     require_finite,
+    require_integer,
     require_same_rows,
     require_same_width,
     require_scalar,
@@ -212,21 +213,19 @@ def _rescale(
             made = ((d_image_AND, image_AND), (d_text_BMD, text_BMD), (d_scale_AB, scale_AB))
             d_image, d_text, d_scale = ((gradient * factor).to(like.dtype) for gradient, like in made)
             return d_image, d_text, d_scale
-        inputs = (image_AND, text_BMD, scale_AB)
+        # Differentiated unequally, it is done again, tile by tile in as much memory as the whole takes.
         workspace = 2 * image_AND.shape[1] * text_BMD.shape[1] * compute_dtype(image_AND).itemsize
-        options: dict[str, Any] = {"normalize": normalize, "workspace": workspace}
-        lse_and_more = tiled.contrastive_forward(*inputs, smoothing=smoothing, row_offset=0, diagonal=False, **options)
-        return tiled.contrastive_backward(
-            *inputs,
-            *lse_and_more[:2],
-            *_weights(d_losses_AB2, image_AND, text_BMD, row_offset),
-            smoothing=smoothing,
-            row_offset=row_offset,
-            diagonal=True,
-            need_image=True,
-            need_text=True,
-            **options,
-        )
+        options: dict[str, Any] = {
+            "smoothing": smoothing,
+            "row_offset": row_offset,
+            "normalize": normalize,
+            "workspace": workspace,
+        }
+        inputs = (image_AND, text_BMD, scale_AB)
+        lse_image, lse_text, *_ = tiled.contrastive_forward(*inputs, diagonal=False, **options)
+        weights = _weights(d_losses_AB2, image_AND, text_BMD, row_offset)
+        options |= {"need_image": True, "need_text": True}
+        return tiled.contrastive_backward(*inputs, lse_image, lse_text, *weights, diagonal=True, **options)
 
 
 @_rescale.register_fake
@@ -294,10 +293,10 @@ def _hand_out(ctx: Any, d_losses_AB2: Tensor | None, *others: Tensor | None) -> 
 
 
 def refuse_second_derivative(ctx: Any, *gradients: Tensor) -> NoReturn:
-    """What differentiating a gradient of these losses ends in."""
+    """What differentiating a gradient of a fused operation ends in."""
     raise NotImplementedError(
-        "the fused contrastive losses have first derivatives only; for second derivatives (create_graph=True, gradient "
-        "penalties) use the dense rocket_fast.kernels.reference"
+        "fused operations have first derivatives only; for second derivatives (create_graph=True, gradient penalties) "
+        "use plain torch, for losses the dense rocket_fast.kernels.reference"
     )
 
 
@@ -340,8 +339,8 @@ def as_number(value: Tensor | float, like: Tensor) -> Tensor:
 
 
 def workspace_bytes(workspace_mib: float) -> int:
-    """The scratch memory's size; at least one row of a tile always fits."""
-    require(workspace_mib > 0, "workspace_mib", workspace_mib, "a number of MiB > 0")
+    """The scratch memory's size. Very little makes tiny tiles, and many of them."""
+    require(0 < workspace_mib < float("inf"), "workspace_mib", workspace_mib, "a finite number of MiB > 0")
     return max(1, int(workspace_mib * 2**20))
 
 
@@ -419,9 +418,10 @@ def clip_loss(
 ) -> Tensor:
     """Symmetric InfoNCE: image i belongs to text ``i + row_offset``, all other texts are its negatives, and vice versa.
 
-    Computed without the N x M matrix: memory beyond inputs and gradients is the workspace and O(N + M). Exact: float32
-    inputs are multiplied in float32, 16-bit ones with float32 sums; maxima are true, so no scale overflows. Equal calls
-    give equal bits. First derivatives only.
+    Computed without the N x M matrix: memory beyond inputs and gradients is the workspace and O(N + M); on the CPU, and
+    with ``targets`` everywhere, also a float32 copy of either side where it is 16-bit or to be normalised, and of its
+    gradient. Exact: float32 inputs are multiplied in float32, 16-bit ones with float32 sums; maxima are true, so no
+    scale overflows. Equal calls give equal bits. First derivatives only.
 
     Args:
         image_ND: (N, D) floating point, image embeddings.
@@ -478,9 +478,9 @@ def multiview_clip_terms(
     if strong is None:
         both = {"loss_image": weak_terms.loss_image, "loss_text": weak_terms.loss_text}
         return MultiviewClipTerms(weak=weak_terms, strong=None, **both)
-    loss_image, loss_text = of_all_views(weak[0], strong[0], len(image_h)).unbind()
+    losses_2 = of_all_views(weak[0], strong[0], len(image_h))
     strong_terms = _clip_terms(strong[0], strong[1].mean((0, 1)))
-    return MultiviewClipTerms(weak=weak_terms, strong=strong_terms, loss_image=loss_image, loss_text=loss_text)
+    return MultiviewClipTerms(weak=weak_terms, strong=strong_terms, loss_image=losses_2[0], loss_text=losses_2[1])
 
 
 def multiview_clip_loss(
@@ -541,11 +541,15 @@ def _require_reduction(reduction: str) -> None:
 
 
 def _require_offset(row_offset: int, rows: int, columns: int) -> None:
-    require(isinstance(row_offset, int), "row_offset", row_offset, "an int")
-    expected = (
-        f"{1 - rows} to {columns - 1}, so that at least one of {rows} rows has its partner among {columns} columns"
+    require_integer("row_offset", row_offset)
+    require(
+        -rows < row_offset < columns,
+        "row_offset",
+        row_offset,
+        lambda: (
+            f"{1 - rows} to {columns - 1}, so that at least one of {rows} rows has its partner among {columns} columns"
+        ),
     )
-    require(-rows < row_offset < columns, "row_offset", row_offset, expected)
 
 
 def _losses(
@@ -584,12 +588,16 @@ def _clip_parts(
     targets: Tensor | None,
     normalize: bool,
     workspace_mib: float,
+    names: tuple[str, str, str] = ("image_ND", "text_MD", "label_smoothing"),
 ) -> tuple[Tensor, Tensor]:
-    """Losses (2,) image to text and text to image, and their accuracies; arguments of ``clip_loss``."""
-    require_same_width("image_ND", image_ND, "text_MD", text_MD)
+    """Losses (2,) image to text and text to image, and their accuracies; arguments of ``clip_loss``.
+
+    ``names``: how errors call the sides and the smoothing.
+    """
+    require_same_width(names[0], image_ND, names[1], text_MD)
     require_scalar("logit_scale", logit_scale, image_ND.device)
-    require_smoothing(label_smoothing)
-    image, text = as_factors("image_ND", image_ND, "text_MD", text_MD)
+    require_smoothing(label_smoothing, names[2])
+    image, text = as_factors(names[0], image_ND, names[1], text_MD)
     scale = as_number(logit_scale, image)
     workspace = workspace_bytes(workspace_mib)
     if targets is None:
@@ -601,17 +609,12 @@ def _clip_parts(
         expected = "0 beside targets, which say themselves what belongs together"
         require(row_offset == 0, "row_offset", row_offset, expected)
         pairs = Pairs.of(targets, len(image_ND), len(text_MD), image)
-        lse_and_top = _statistics(image, text, scale, normalize, workspace)
-        losses, accuracies = soft_terms(
-            pairs,
-            image,
-            text,
-            scale,
-            *lse_and_top,
-            label_smoothing=label_smoothing,
-            normalize=normalize,
-            workspace=workspace,
-        )
+        options: dict[str, Any] = {"normalize": normalize, "workspace": workspace}
+        with without_autocast(image.device.type):
+            lse_and_top = _statistics(image, text, scale, **options)
+            losses, accuracies = soft_terms(
+                pairs, image, text, scale, *lse_and_top, label_smoothing=label_smoothing, **options
+            )
     return with_bias(losses, logit_bias, image), accuracies
 
 
@@ -625,14 +628,15 @@ def _multiview_parts(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
     """Losses (2,) and accuracies of the weak pair; the strong pairs' mean losses (2,) and all accuracies (K, K, 2)."""
     require_same_rows("image_z", z[0], "text_z", z[1])
-    weak = _clip_parts(*z, scales[0], None, label_smoothing[0], 0, None, normalize, workspace_mib)
-    require_views("image_h", h[0], "text_h", h[1])
+    names = ("image_z", "text_z", "weak_label_smoothing")
+    weak = _clip_parts(*z, scales[0], None, label_smoothing[0], 0, None, normalize, workspace_mib, names)
+    require_views("image_h", h[0], "text_h", h[1], one_dtype=False)
     views, samples = len(h[0]), len(z[0])
     smoothing = _pair_smoothing(label_smoothing[1], views)
     if not views:
         return weak, None
     shape = tuple(h[0][0].shape)
-    require(shape[0] == samples, "image_h[0]", shape, f"a shape ({samples}, D), as many samples as image_z has")
+    require(shape[0] == samples, "image_h[0]", shape, lambda: f"a shape ({samples}, D), as many samples as image_z has")
     with without_autocast(h[0][0].device.type):  # which knows no float16 on the CPU
         image_KND, text_KND = (torch.stack(tuple(side)) for side in h)
     image_KND, text_KND = as_factors("image_h", image_KND, "text_h", text_KND)
@@ -644,13 +648,16 @@ def _multiview_parts(
 
 def of_all_views(weak: Tensor, strong: Tensor, views: int) -> Tensor:
     """``(weak + K * strong) / (1 + K)``."""
-    return torch.lerp(weak, strong, views / (1 + views))
+    return (weak + views * strong) / (1 + views)
 
 
 def _clip_terms(losses_2: Tensor, accuracies_2: Tensor) -> ClipTerms:
-    (loss_image, loss_text), (accuracy_image, accuracy_text) = losses_2.unbind(), accuracies_2.detach().unbind()
+    losses_2, accuracies_2 = losses_2.clone(), accuracies_2.detach()  # an operation's own results stay as they are
     return ClipTerms(
-        loss_image=loss_image, loss_text=loss_text, accuracy_image=accuracy_image, accuracy_text=accuracy_text
+        loss_image=losses_2[0],  # not unbind, whose results must not be changed in place
+        loss_text=losses_2[1],
+        accuracy_image=accuracies_2[0],
+        accuracy_text=accuracies_2[1],
     )
 
 
@@ -682,7 +689,7 @@ def _pair_scales(scale: Tensor | float | None, views: int, like: Tensor) -> Tens
 
 def _pair_smoothing(label_smoothing: float | Sequence[Sequence[float]], views: int) -> list[float]:
     """Label smoothing of the K x K strong pairs, image view by image view."""
-    if isinstance(label_smoothing, int | float):
+    if not isinstance(label_smoothing, Sequence):
         require_smoothing(label_smoothing)
         return [float(label_smoothing)] * (views * views)
     fits = len(label_smoothing) == views and all(len(row) == views for row in label_smoothing)

@@ -5,6 +5,7 @@ Shapes: E pairs of a row (image) and a column (text), ordered by row; N rows, M 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rocket_fast.errors import require
+from rocket_fast.kernels.checks import values_visible
+from rocket_fast.kernels.dispatch import without_autocast
 from rocket_fast.kernels.tiled import compute_dtype
 
 # --- the dot products of chosen pairs ---------------------------------------------------------------------------------
@@ -26,11 +29,12 @@ def pair_products(x_ND: Tensor, y_MD: Tensor, row_E: Tensor, column_E: Tensor, w
     by pair in a fixed order.
     """
     step = max(1, workspace // (2 * x_ND.shape[1] * x_ND.element_size()))
-    parts = [
-        torch.linalg.vecdot(x_ND.index_select(0, row_S), y_MD.index_select(0, column_S))
-        for row_S, column_S in zip(row_E.split(step), column_E.split(step), strict=True)
-    ]
-    return torch.cat(parts) if parts else x_ND.new_empty(0)
+    with without_autocast(x_ND.device.type):
+        parts = [
+            torch.linalg.vecdot(x_ND.index_select(0, row_S), y_MD.index_select(0, column_S))
+            for row_S, column_S in zip(row_E.split(step), column_E.split(step), strict=True)
+        ]
+        return torch.cat(parts) if parts else x_ND.new_empty(0)
 
 
 @pair_products.register_fake
@@ -44,14 +48,21 @@ def _keep_pairs(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _differentiate(ctx: Any, d_product_E: Tensor) -> tuple[Tensor | None, ...]:
     x_ND, y_MD, row_E, column_E = ctx.saved_tensors
+    with without_autocast(x_ND.device.type):  # a backward pass under autocast is not advised, but seen
+        return *_differentiate_pairs(ctx.needs_input_grad, x_ND, y_MD, row_E, column_E, d_product_E), *(None,) * 3
+
+
+def _differentiate_pairs(
+    needs: Sequence[bool], x_ND: Tensor, y_MD: Tensor, row_E: Tensor, column_E: Tensor, d_product_E: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
     d_x_ND, d_y_MD = None, None
-    if ctx.needs_input_grad[0]:
-        d_x_ND = sum_rows(y_MD, column_E, row_E, len(x_ND), d_product_E)
-    if ctx.needs_input_grad[1]:
+    if needs[0]:
+        d_x_ND = sum_rows(y_MD, column_E, row_E, x_ND.shape[0], d_product_E)
+    if needs[1]:
         by_column_E = column_E.argsort(stable=True)
         row_E, column_E, d_product_E = (t.index_select(0, by_column_E) for t in (row_E, column_E, d_product_E))
-        d_y_MD = sum_rows(x_ND, row_E, column_E, len(y_MD), d_product_E)
-    return d_x_ND, d_y_MD, None, None, None
+        d_y_MD = sum_rows(x_ND, row_E, column_E, y_MD.shape[0], d_product_E)
+    return d_x_ND, d_y_MD
 
 
 pair_products.register_autograd(_differentiate, setup_context=_keep_pairs)
@@ -90,7 +101,7 @@ class Pairs:
         row_E, column_E, weight_E = read(targets, rows, columns, compute_dtype(like))
         by_column_E = column_E.argsort(stable=True)
         ones_E1 = torch.ones_like(weight_E)[:, None]
-        each_E = torch.arange(len(row_E), device=row_E.device)
+        each_E = torch.arange(row_E.shape[0], device=row_E.device)
         row_total_N = sum_rows(ones_E1, each_E, row_E, rows, weight_E)[:, 0]
         column_total_M = sum_rows(
             ones_E1, each_E, column_E.index_select(0, by_column_E), columns, weight_E.index_select(0, by_column_E)
@@ -114,15 +125,17 @@ def _from_indices(targets: Tensor, rows: int, columns: int, dtype: torch.dtype) 
     shape = tuple(targets.shape)
     integral = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
     require(integral, "targets", targets.dtype, "integers, or a sparse tensor of weights")
-    require(targets.ndim in (1, 2) and shape[0] == rows, "targets", shape, f"a shape ({rows},) or ({rows}, K)")
-    require(targets.numel() > 0, "targets", shape, f"a shape ({rows}, K) with K >= 1")
-    if _visible(targets):
+    fits = targets.ndim in (1, 2) and shape[0] == rows
+    require(fits, "targets", shape, lambda: f"a shape ({rows},) or ({rows}, K)")
+    require(targets.numel() > 0, "targets", shape, lambda: f"a shape ({rows}, K) with K >= 1")
+    targets = targets.to(torch.int64)
+    if values_visible(targets):
         smallest, largest = int(targets.min()), int(targets.max())
         require(smallest >= -1, "targets", f"{smallest} among its values", "texts' numbers >= 0, or -1 for none")
-        require(largest < columns, "targets", f"{largest} among its values", f"texts' numbers below {columns}")
+        require(largest < columns, "targets", f"{largest} among its values", lambda: f"texts' numbers below {columns}")
         require(largest >= 0, "targets", "-1 only", "at least one positive")
-    column_E = targets.reshape(-1).to(torch.int64)
-    row_E = torch.arange(rows, device=targets.device).repeat_interleave(column_E.shape[0] // rows)
+    column_E = targets.reshape(-1)
+    row_E = torch.arange(rows, device=targets.device).repeat_interleave(1 if targets.ndim == 1 else shape[1])
     return row_E, column_E.clamp_min(0), (column_E >= 0).to(dtype)
 
 
@@ -131,19 +144,14 @@ def _from_sparse(targets: Tensor, rows: int, columns: int, dtype: torch.dtype) -
     forms = "an integer tensor or a sparse COO or CSR tensor (N, M)"
     require(targets.layout in (torch.sparse_coo, torch.sparse_csr), "targets", targets.layout, forms)
     shape = tuple(targets.shape)
-    require(shape == (rows, columns), "targets", shape, f"a sparse tensor of shape ({rows}, {columns})")
+    require(shape == (rows, columns), "targets", shape, lambda: f"a sparse tensor of shape ({rows}, {columns})")
     matrix = targets.detach().to_sparse_coo().coalesce()
     (row_E, column_E), weight_E = matrix.indices(), matrix.values().to(dtype)
-    if _visible(weight_E):
+    if values_visible(weight_E):
         fine = bool((weight_E.isfinite() & (weight_E >= 0)).all())
         require(fine, "targets", weight_E.tolist(), "finite weights >= 0")
         require(bool((weight_E > 0).any()), "targets", "no weight > 0", "at least one positive")
     return row_E.contiguous(), column_E.contiguous(), weight_E
-
-
-def _visible(values: Tensor) -> bool:
-    """Whether values can be looked at without waiting for a device or breaking a graph."""
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 # --- the loss with them -----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rocket_fast.kernels.checks import require_same_width, require_scalar
+from rocket_fast.kernels.checks import require_integer, require_same_width, require_scalar
 from rocket_fast.kernels.contrastive import (
     as_factors,
     as_number,
@@ -36,8 +36,8 @@ def _forward_backward(
     normalize: bool,
     need_grad: bool,
     workspace: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(3): the loss and its gradients to scale and bias; those to images and texts (empty if not needed)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss (); its gradients to scale and bias (2,), and those to images and texts (empty if not needed)."""
     with without_autocast(image_ND.device.type):
         loss, d_image, d_text, d_scale, d_bias = implementation(image_ND).sigmoid_forward_backward(
             image_ND,
@@ -49,7 +49,7 @@ def _forward_backward(
             need_grad=need_grad,
             workspace=workspace,
         )
-        return torch.stack([loss, d_scale, d_bias]), d_image, d_text
+        return loss, torch.stack([d_scale, d_bias]), d_image, d_text
 
 
 @_forward_backward.register_fake
@@ -62,10 +62,10 @@ def _(
     normalize: bool,
     need_grad: bool,
     workspace: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = compute_dtype(image_ND)
     d_image, d_text = (side.new_empty(side.shape if need_grad else (0,), dtype=dtype) for side in (image_ND, text_MD))
-    return scale.new_empty(3), d_image, d_text
+    return scale.new_empty(()), scale.new_empty(2), d_image, d_text
 
 
 @torch.library.custom_op("rocket_fast::scaled_gradient", mutates_args=())
@@ -80,20 +80,21 @@ def _(gradient: Tensor, factor: Tensor, like: Tensor) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    numbers_3, d_image, d_text = output
-    ctx.save_for_backward(*inputs[:4], d_image, d_text, *numbers_3[1:].detach())
-    ctx.mark_non_differentiable(d_image, d_text)
+    _, d_numbers_2, d_image, d_text = output
+    ctx.save_for_backward(*inputs[:4], d_numbers_2, d_image, d_text)
+    ctx.mark_non_differentiable(d_numbers_2, d_image, d_text)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, d_numbers_3: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # once: checkpointing recomputes what it unpacks
-    inputs, gradients = saved[:4], saved[4:]
-    wanted = [needed and d_numbers_3 is not None for needed in ctx.needs_input_grad[:4]]
-    own = [
-        _scaled_gradient(gradient, d_numbers_3[0], like) if d_numbers_3 is not None and want else None
-        for want, gradient, like in zip(wanted, gradients, inputs, strict=True)
-    ]
+def _differentiate(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if d_loss is None:
+        return (None,) * 8
+    *inputs, d_numbers_2, d_image, d_text = ctx.saved_tensors  # once: checkpointing recomputes what it unpacks
+    gradients = (d_image, d_text, d_numbers_2[0], d_numbers_2[1])
+    own = (
+        _scaled_gradient(gradient, d_loss, like) if needed else None
+        for needed, gradient, like in zip(ctx.needs_input_grad[:4], gradients, inputs, strict=True)
+    )
     return (*own, *(None,) * 4)
 
 
@@ -120,8 +121,9 @@ def siglip_loss(
 ) -> Tensor:
     """SigLIP: every image-text pair is a binary decision, ``sum_ij -log sigmoid(z_ij (s x_i . y_j + b)) / N``.
 
-    z is 1 for image i and text ``i + row_offset``, else -1. Memory beyond inputs and gradients is the workspace; equal
-    calls give equal bits. First derivatives only.
+    z is 1 for image i and text ``i + row_offset``, else -1. Memory beyond inputs and gradients is the workspace, and on
+    the CPU a float32 copy of either side where it is 16-bit or to be normalised, and of its gradient. Equal calls give
+    equal bits. First derivatives only.
 
     Args:
         image_ND: (N, D) floating point, image embeddings; the sum is divided by their number.
@@ -147,5 +149,6 @@ def siglip_loss(
     require_scalar("logit_bias", logit_bias, image_ND.device)
     image, text = as_factors("image_ND", image_ND, "text_MD", text_MD)
     scale, bias = as_number(logit_scale, image), as_number(logit_bias, image)
+    require_integer("row_offset", row_offset)
     options = (int(row_offset), normalize, wanted(image, text, scale, bias), workspace_bytes(workspace_mib))
-    return _forward_backward(image, text, scale, bias, *options)[0][0]
+    return _forward_backward(image, text, scale, bias, *options)[0]

@@ -1,4 +1,4 @@
-"""The contrastive operations in plain torch, tile by tile: any device, any dtype, O(N + M) numbers kept.
+"""The contrastive operations in plain torch, tile by tile: CPU and CUDA, any dtype, O(N + M) numbers kept.
 
 Shapes: A image views of N images, B text views of M texts, D embedding width; every image view meets every text view.
 For views a and b, ``S = scale[a, b] * X_a Y_b^T``. A tile is a block of S of at most ``TILE`` entries; two of them
@@ -30,8 +30,11 @@ TILE = (1024, 2048)
 # would allow 60.
 SPREAD = 16
 
-# Rows taken together where the diagonal crosses a tile.
-CORNER = 128
+# Up to so many logits a second exponential costs no more than doing without, and is a digit's fraction more exact.
+SMALL = 512 * 512
+
+# Rows taken together where the diagonal crosses a tile, and where rows are multiplied one by one.
+CORNER, ROWS = 128, 1024
 
 # torch.nn.functional.normalize's lower bound of a norm.
 EPS = 1e-12
@@ -172,7 +175,7 @@ def contrastive_forward_backward(
     row_offset: int,
     normalize: bool,
     need_grad: bool,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Losses and accuracies (A, B, 2), and gradients (A, N, D), (B, M, D), (A, B) of the sum of all pairs' losses.
 
     For pairs that fit into memory twice: their softmaxes are still there when the sums are known, so that the gradients
@@ -193,14 +196,15 @@ def contrastive_forward_backward(
             continue
         d_row_ND = d_x_ND if b == 0 else torch.empty_like(x_ND)
         pair.differentiate(d_row_ND, d_y_BMD[b], first=a == 0)
-        d_scales.append(torch.linalg.vecdot(x_ND, d_row_ND).sum(dtype=torch.float64))
+        d_scales.append(_row_products(x_ND, d_row_ND).sum(dtype=torch.float64))
         d_x_ND.mul_(scale) if b == 0 else d_x_ND.add_(d_row_ND, alpha=scale)
+    losses_AB2, accuracies_AB2 = _stacked(terms, scale_AB)
     if not need_grad:
-        return *_stacked(terms, scale_AB), *(x_AND.new_empty(0) for _ in range(3))
+        return losses_AB2, accuracies_AB2, x_AND.new_empty(0), x_AND.new_empty(0), x_AND.new_empty(0)
     d_scale_AB = torch.stack(d_scales).view_as(scale_AB).to(scale_AB.dtype)
     d_image_AND = _through_normalization(image_AND, x_AND, d_x_AND, normalize)
     d_text_BMD = _through_normalization(text_BMD, y_BMD, d_y_BMD, normalize)
-    return *_stacked(terms, scale_AB), d_image_AND, d_text_BMD, d_scale_AB
+    return losses_AB2, accuracies_AB2, d_image_AND, d_text_BMD, d_scale_AB
 
 
 def _pairs(x_AND: Tensor, y_BMD: Tensor, scale_AB: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -272,8 +276,9 @@ class _Statistics:
     @staticmethod
     def of(x_ND: Tensor, y_MD: Tensor, scale: Tensor, smoothing: float, row_offset: int | None) -> _Statistics:
         """Of nothing yet; ``row_offset`` None: there are no positives."""
-        smooth = row_offset is not None and smoothing
-        mean_logits = _mean_logits(x_ND, y_MD, scale, row_offset) if smooth else None
+        mean_logits = None
+        if row_offset is not None and smoothing:
+            mean_logits = _mean_logits(x_ND, y_MD, scale, row_offset)
         return _Statistics(len(x_ND), len(y_MD), row_offset, smoothing, mean_logits)
 
     def add(self, row: slice, column: slice, logits_NM: Tensor, tiles: Tiles) -> None:
@@ -479,7 +484,7 @@ class _Gradients:
         scale = self.scale_AB[a, b]
         d_row_ND = self.d_x_AND[a] if self.alone else torch.empty_like(pair.x_ND)  # to the scaled rows
         pair.differentiate(d_row_ND, None if self.d_y_BMD is None else self.d_y_BMD[b])
-        self.d_scale_AB[a, b] = torch.linalg.vecdot(pair.x_ND, d_row_ND).sum(dtype=torch.float64)
+        self.d_scale_AB[a, b] = _row_products(pair.x_ND, d_row_ND).sum(dtype=torch.float64)
         if self.alone:
             d_row_ND.mul_(scale)
         else:
@@ -511,7 +516,8 @@ class _WholePair:
         scratch_NM: Tensor,
     ) -> None:
         self.x_ND, self.y_MD, self.scale, self.smoothing, self.where = x_ND, y_MD, scale, smoothing, where
-        torch.addmm(logits_NM, x_ND, y_MD.T, beta=0, alpha=scale, out=logits_NM)
+        self.scaled_ND = x_ND * scale  # before the product: rounded once less than logits are
+        torch.mm(self.scaled_ND, y_MD.T, out=logits_NM)
         positive_P, row_top_N, column_top_M = self._take_picks(logits_NM)
         loss_2P = self._both(row_top_N, column_top_M).sub_(positive_P)
         self.softmax_NM, *excesses = self._to_softmaxes(logits_NM, scratch_NM, row_top_N, column_top_M)
@@ -555,7 +561,7 @@ class _WholePair:
         _drop_negligible_(softmax_NM)
         weight_N, weight_M = self.where.masks(logits_NM)
         largest = row_top_N.max()
-        if _near(largest, column_top_M):
+        if logits_NM.numel() > SMALL and _near(largest, column_top_M):
             # exp(S - largest) = softmax exp(maximum - largest) / share: every column's sum, and its softmax, is made of
             # the rows' softmaxes and a number for each row.
             relative_N = (row_top_N - largest).exp_().div_(row_share_N)
@@ -573,10 +579,11 @@ class _WholePair:
         """``d_row_ND = G Y`` (without the scale) and ``d_text_MD += scale * G^T X``; = if it is the ``first`` part."""
         share, beta = 1 / self.where.count, 0 if first else 1
         torch.addmm(d_row_ND, self.softmax_NM, self.y_MD, beta=0, alpha=share, out=d_row_ND)
-        torch.addmm(d_text_MD, self.softmax_NM.T, self.x_ND, beta=beta, alpha=share * self.scale, out=d_text_MD)
+        torch.addmm(d_text_MD, self.softmax_NM.T, self.scaled_ND, beta=beta, alpha=share, out=d_text_MD)
         if self.smoothing:
-            weights = (share * weight.flatten() for weight in self.where.masks(self.softmax_NM))
-            _smooth(self.x_ND, self.y_MD, self.scale, self.smoothing, *weights, d_row_ND, d_text_MD)
+            weight_N, weight_M = (share * weight.flatten() for weight in self.where.masks(self.softmax_NM))
+            sides = (self.x_ND, self.y_MD, self.scale)
+            _smooth(*sides, self.smoothing, weight_N, weight_M, d_row_ND, d_text_MD)
 
 
 class _TiledPair:
@@ -696,17 +703,18 @@ def sigmoid_forward_backward(
         for column in tiles.column_slices():
             logits_NM = tiles.logits(scaled_ND, y_MD[column]).add_(bias)
             positive = _diagonal(logits_NM, row.start + row_offset - column.start)
-            loss += _softplus_sum(logits_NM, tiles.scratch(logits_NM)) - positive.sum(dtype=torch.float64)
+            positive.neg_()  # -z_ij (S_ij + bias): no difference of large numbers where a positive is sure
+            loss += _softplus_sum(logits_NM, tiles.scratch(logits_NM))
             if need_grad:
                 logits_NM.sigmoid_()
-                positive.sub_(1)
+                positive.neg_()
                 d_bias += _sum(logits_NM)
                 d_row_ND[row].addmm_(logits_NM, y_MD[column])
                 d_y_MD[column].addmm_(logits_NM.T, scaled_ND)
     share = 1 / len(x_ND)
     d_scale = torch.zeros_like(scale)
     if need_grad:
-        d_scale = torch.linalg.vecdot(x_ND, d_row_ND).sum() * share
+        d_scale = _row_products(x_ND, d_row_ND).sum() * share
         d_row_ND = _through_normalization(image_ND, x_ND, d_row_ND.mul_(scale * share), normalize)
         d_y_MD = _through_normalization(text_MD, y_MD, d_y_MD.mul_(share), normalize)
     return (loss * share).to(scale.dtype), d_row_ND, d_y_MD, d_scale, (d_bias * share).to(scale.dtype)
@@ -726,6 +734,13 @@ def _sum(x_NM: Tensor) -> Tensor:
 # --- shared -----------------------------------------------------------------------------------------------------------
 
 
+def _row_products(x_ND: Tensor, y_ND: Tensor) -> Tensor:
+    """``x_i . y_i``, (N,), without an N x D array in between."""
+    parts = zip(x_ND.split(ROWS), y_ND.split(ROWS), strict=True)
+    products = [torch.linalg.vecdot(x_RD, y_RD) for x_RD, y_RD in parts]
+    return torch.cat(products) if len(products) > 1 else products[0]
+
+
 def _diagonal(tile_NM: Tensor, offset: int) -> Tensor:
     """The positives of a tile, entries (i, i + offset), as a view; empty where the diagonal does not cross the tile."""
     rows, columns = tile_NM.shape
@@ -736,5 +751,5 @@ def _through_normalization(raw: Tensor, unit: Tensor, gradient: Tensor, normaliz
     """Gradient to the rows before they were scaled to ``unit`` length; overwrites ``gradient``."""
     if not normalize:
         return gradient
-    along = torch.linalg.vecdot(unit, gradient)[..., None]
+    along = _row_products(unit.flatten(0, -2), gradient.flatten(0, -2)).view(*unit.shape[:-1], 1)
     return gradient.addcmul_(unit, along, value=-1).div_(norms(raw.to(unit.dtype))[..., None])

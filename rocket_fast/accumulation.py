@@ -81,9 +81,10 @@ def _loss_and_gradients(
     count = len(per_micro_batch[0])
     for tensors in per_micro_batch:
         require(len(tensors) == count, "embeddings", f"{len(tensors)} tensors", f"{count}, as the first micro-batch's")
+    one_a_batch = [name.endswith("logit_scale") for name in _names(embedded[0])]
     leaves = [
-        (torch.cat(parts) if parts[-1].ndim else parts[-1].clone()).requires_grad_()
-        for parts in zip(*per_micro_batch, strict=True)
+        (parts[-1].clone() if shared else torch.cat(parts)).requires_grad_()
+        for shared, *parts in zip(one_a_batch, *per_micro_batch, strict=True)
     ]
     with torch.enable_grad():
         output = objective(_with_tensors(embedded[0], iter(leaves)))
@@ -91,7 +92,7 @@ def _loss_and_gradients(
     gradients: list[list[Tensor | None]] = [[] for _ in embedded]
     for index, gradient in enumerate(whole):
         parts = [tensors[index] for tensors in per_micro_batch]
-        if gradient is None or not parts[-1].ndim:
+        if gradient is None or one_a_batch[index]:
             split: Sequence[Tensor | None] = [*[None] * (len(parts) - 1), gradient]
         else:
             split = gradient.split([len(part) for part in parts])
@@ -151,6 +152,15 @@ def _tensors(part: Any) -> list[Tensor]:
         return [] if part is None else [part]
     inner = part if isinstance(part, tuple) else [getattr(part, field.name) for field in dataclasses.fields(part)]
     return [tensor for each in inner for tensor in _tensors(each)]
+
+
+def _names(part: Any, name: str = "") -> list[str]:
+    """The fields that ``_tensors`` come from."""
+    if part is None or isinstance(part, Tensor):
+        return [] if part is None else [name]
+    if isinstance(part, tuple):
+        return [found for each in part for found in _names(each, name)]
+    return [found for field in dataclasses.fields(part) for found in _names(getattr(part, field.name), field.name)]
 
 
 def _with_tensors(part: Any, tensors: Iterator[Tensor]) -> Any:

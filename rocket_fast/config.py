@@ -13,12 +13,13 @@ import typing
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from rocket_fast.errors import require
 from rocket_fast.image_augment import ImageAugmentConfig
 from rocket_fast.loaders.base import DataConfig
 from rocket_fast.losses import LossConfig
+from rocket_fast.models.attention import AttentionName
 from rocket_fast.models.clip import CLIPConfig
 from rocket_fast.models.heads import MLPHeadConfig, SwALIPConfig
 from rocket_fast.models.vision import ConvStemViTConfig, ViTConfig
@@ -41,6 +42,8 @@ class LoopConfig:
     """Where to train; auto takes CUDA where there is one."""
     precision: Precision = "auto"
     """Autocast type; auto takes bf16 where the hardware multiplies it natively (CUDA sm_80+, CPUs with AMX)."""
+    attention: AttentionName = "auto"
+    """Backend of the transformers' attention; auto takes the first that can (`rocket-fast doctor` says why)."""
     compile: bool = False
     """Compile the towers with torch.compile."""
     threads: int | None = None
@@ -59,6 +62,8 @@ class LoopConfig:
     def __post_init__(self) -> None:
         require(self.device in ("auto", "cpu", "cuda"), "loop.device", self.device, "auto, cpu or cuda")
         require(self.precision in ("auto", "fp32", "bf16"), "loop.precision", self.precision, "auto, fp32 or bf16")
+        names = get_args(AttentionName)
+        require(self.attention in names, "loop.attention", self.attention, f"one of {names}")
         require(self.epochs >= 1, "loop.epochs", self.epochs, "a number >= 1")
         require(
             self.max_steps is None or self.max_steps >= 1, "loop.max_steps", self.max_steps, "a number >= 1 or None"

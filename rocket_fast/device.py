@@ -26,5 +26,10 @@ def build_autocast(precision: Precision, device: torch.device) -> torch.autocast
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
+def compute_dtype(autocast: torch.autocast) -> torch.dtype:
+    """What matrix products, and so attention, are computed in."""
+    return torch.bfloat16 if autocast._enabled else torch.float32
+
+
 def _cpu_has_amx() -> bool:
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())

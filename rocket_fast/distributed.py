@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rocket_fast.errors import require
+
 
 def _initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
@@ -101,6 +103,10 @@ class AllRanks:
         self.first_row = sum(self.counts[: rank()])
         self.samples = sum(self.counts)
         self._known: dict[int, tuple[Tensor, Tensor]] = {}  # by id(), each kept alive with its tensor
+
+    def require_samples(self) -> None:
+        """A sample at least on every rank, for what cannot do without; raised by all ranks, so that none waits."""
+        require(min(self.counts) > 0, "samples of the ranks", self.counts, "at least one on every rank")
 
     def gather(self, *groups: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], ...]:
         """All ranks' rows of every tensor of every group, as ``gather_together``; none travels twice."""

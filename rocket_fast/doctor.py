@@ -13,6 +13,7 @@ import torch
 
 from rocket_fast.device import build_autocast, choose_device
 from rocket_fast.errors import optional_import
+from rocket_fast.models.attention import choose_attention
 from rocket_fast.version import __version__
 
 OPTIONAL = {
@@ -58,7 +59,8 @@ def findings() -> Iterator[tuple[str, str]]:
     bf16 = build_autocast("auto", device)._enabled
     reason = "multiplied natively here" if bf16 else "not multiplied natively here"
     yield "device, precision", f"auto takes {device}, {'bf16' if bf16 else 'fp32'} (bf16 is {reason})"
-    yield "attention", "torch scaled_dot_product_attention"
+    attention = choose_attention(device.type, torch.bfloat16 if bf16 else torch.float32, head_width=64)
+    yield "attention", f"auto takes {attention.name} ({attention.reason})"
     yield "loader", "cpu: threads that read tars in place; every epoch shuffles all samples"
     for extra, modules in OPTIONAL.items():
         missing = [module for module in modules if not _found(module)]

@@ -1,6 +1,7 @@
 """Errors written for the person who meets them: the argument, the value got, the value expected."""
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 
 
@@ -16,10 +17,14 @@ class Failed(RuntimeError):
     """Something outside the program went wrong; the message says what and what to do."""
 
 
-def require(condition: bool, argument: str, got: object, expected: str) -> None:
-    """Raise ``InvalidArgument("argument: got ..., expected ...")``, a ValueError, unless ``condition`` holds."""
+def require(condition: bool, argument: str, got: object, expected: str | Callable[[], str]) -> None:
+    """Raise ``InvalidArgument("argument: got ..., expected ...")``, a ValueError, unless ``condition`` holds.
+
+    ``expected`` as a function is asked only then: in compiled code a text with a size in it ties the graph to the size.
+    """
     if not condition:
-        raise InvalidArgument(f"{argument}: got {got!r}, expected {expected}")
+        text = expected if isinstance(expected, str) else expected()
+        raise InvalidArgument(f"{argument}: got {got!r}, expected {text}")
 
 
 def optional_import(module: str, extra: str) -> ModuleType:

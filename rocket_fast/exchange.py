@@ -13,7 +13,9 @@ without grads   (W - 1) N (D_i + D_t) b         6 of N x M x D            all em
 ==============  ==============================  ========================  ============================================
 
 The first two give the loss and the gradients of one process that has all samples (see rocket_fast/distributed.py), for
-local batches of any size. all_gather: every rank computes everything. one_sided: a rank has all texts but only its own
+local batches of any size; where a rank has none, always by all_gather.
+
+all_gather: every rank computes everything. one_sided: a rank has all texts but only its own
 images, N rows of the matrix of similarities. The rows' log-sum-exps are complete, the columns' are combined by
 all-reduces of M maxima and of M sums a pair; backward, a rank's images are its own affair and the texts' gradients go
 home by a reduce-scatter, in the embeddings' dtype. Half the bytes, 1/W of the products, and two or three more
@@ -67,7 +69,8 @@ def multiview_terms(
     """
     if not gather_grad and world_size() > 1:
         return _without_gradients_across(own, ranks, label_smoothing, normalize)
-    if world_size() > 1 and (exchange == "one_sided" or (exchange == "auto" and _worthwhile(own, ranks))):
+    wanted = exchange == "one_sided" or (exchange == "auto" and _worthwhile(own, ranks))
+    if wanted and world_size() > 1 and min(ranks.counts) > 0:
         return _one_sided(own, ranks, label_smoothing, normalize)
     (image_z, text_z), image_h, text_h = ranks.gather((own.image_z, own.text_z), own.image_h, own.text_h)
     return multiview_clip_terms(
@@ -122,6 +125,7 @@ def _without_gradients_across(
     gradient's terms. The number returned is the mean of the ranks' losses, which is what DDP's averaged gradients are
     of; where local batches differ in size, samples of small ones thus weigh more, as they do there.
     """
+    ranks.require_samples()
     constants = [tensor.detach() for tensor in (own.image_z, own.text_z, *own.image_h, *own.text_h)]
     image_z, text_z, *h = gather_together(constants, ranks.counts)
     views = len(own.image_h)

@@ -115,6 +115,7 @@ def siglip_loss_over_ranks(
     A rank gathers the texts and takes its own images against them. Row counts may differ between ranks.
     """
     ranks = AllRanks(image_ND)
+    ranks.require_samples()
     ((text_MD,),) = ranks.gather((text_ND,))
     own = siglip_loss(image_ND, text_MD, logit_scale, logit_bias, row_offset=ranks.first_row, normalize=normalize)
     return mean_over_ranks(own, len(image_ND))

@@ -30,7 +30,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from rocket_fast.batch import Batch, LossOutput
 from rocket_fast.checkpoint import CheckpointFolder, load_checkpoint
 from rocket_fast.config import TrainConfig, differences, load_config, provenance, to_plain
-from rocket_fast.device import build_autocast, choose_device
+from rocket_fast.device import build_autocast, choose_device, compute_dtype
 from rocket_fast.distributed import is_main, rank, world_size
 from rocket_fast.errors import Failed, InvalidArgument, optional_import, require
 from rocket_fast.evaluation import Checkpoint, Evaluation, Evaluator, headline, output_path, result_table
@@ -40,6 +40,7 @@ from rocket_fast.loaders.base import Loader
 from rocket_fast.loaders.cpu import CPULoader
 from rocket_fast.losses import build_loss
 from rocket_fast.metrics import JsonlLog, Stopwatch, TrainingBar
+from rocket_fast.models.attention import use_attention
 from rocket_fast.models.clip import DualEncoder
 from rocket_fast.optim import build_optimizer, learning_rate, set_learning_rate
 from rocket_fast.tokenizer import Tokenizer
@@ -120,6 +121,9 @@ class Trainer:
             world_size=world_size(),
         )
         self.model = DualEncoder(config.model).to(self.device)
+        self.attention = use_attention(
+            self.model, self.device, compute_dtype(self.autocast), requested=config.loop.attention
+        )
         self.objective = build_loss(config.loss, config.model.companion)
         self.optimizer = build_optimizer(config.optim, self.model)
         self.average = _average(self.model, config.loop.weight_average)
@@ -331,7 +335,9 @@ class Trainer:
 
     def _opening(self, last: int) -> str:
         count = sum(p.numel() for p in self.model.parameters()) / 1e6
+        attention = "/".join(dict.fromkeys(choice.name for choice in self.attention))
         where = f"{self.device.type} x {world_size()}, {self.autocast_name}"
+        where += f", attention by {attention}" if attention else ""
         start = f"continuing at step {self.step} of {last}" if self.step else f"{last} steps"
         if self.step >= last:
             start = f"already trained to step {self.step}, evaluating"
@@ -370,7 +376,9 @@ def evaluate_run(folder: Path, checkpoint: Checkpoint) -> Evaluation:
         state = checkpoints.load_latest(map_location=device)
     if state is None:
         raise InvalidArgument(f"run: got {str(folder)!r}, expected a folder with checkpoints")
+    autocast = build_autocast(config.loop.precision, device)
     model = DualEncoder(config.model).to(device)
+    use_attention(model, device, compute_dtype(autocast), requested=config.loop.attention)
     average = _average(model, config.loop.weight_average)
     if average is not None:
         average.load_state_dict(state["average"])
@@ -378,7 +386,6 @@ def evaluate_run(folder: Path, checkpoint: Checkpoint) -> Evaluation:
     else:
         model.load_state_dict(state["model"])
     evaluator = Evaluator(config, Tokenizer(context_length=config.model.text.context_length))
-    autocast = build_autocast(config.loop.precision, device)
     return evaluator.evaluate(model, autocast, folder, checkpoint=checkpoint, step=state["step"])
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from rocket_fast import cli, presets
 from rocket_fast.__main__ import main
@@ -112,6 +113,7 @@ def test_doctor_names_what_is_missing_and_what_is_chosen(capsys):
     text = capsys.readouterr().out
     assert "torch" in text
     assert "auto takes" in text
+    assert torch.cuda.is_available() or "xformers: has no CPU operators" in " ".join(text.split())
 
 
 def test_train_then_eval_then_check(tiny_config: TrainConfig, capsys, monkeypatch):

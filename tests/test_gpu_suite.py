@@ -54,6 +54,8 @@ def test_wrong_gradients_and_exceptions_fail(
     monkeypatch.setattr(suite, "clip_loss", wrong)
     assert suite.main([*SMALL, "--output", str(tmp_path), "--only", "check clip"]) == 1
     for result in results(tmp_path):
+        if "image to text" in result["name"]:  # made by clip_terms
+            continue
         assert result["status"] == "FAILED"
         if "float16" in result["name"] and "bfloat16" not in result["name"]:
             assert result["note"] == "RuntimeError: no such kernel"

@@ -140,13 +140,9 @@ class SigLipLoss(nn.Module):
         bias = 0.0 if logit_bias is None else logit_bias
         if self.world_size == 1:
             return _output(siglip_loss(image_features, text_features, logit_scale, bias), output_dict)
-        counts = distributed.row_counts(text_features)
-        loss = siglip_loss(
-            image_features,
-            distributed.gather(text_features),
-            logit_scale,
-            bias,
-            row_offset=sum(counts[: self.rank]),
-        )
-        share = len(image_features) * self.world_size / sum(counts)  # 1 where all processes hold equally many
+        ranks = distributed.AllRanks(image_features)
+        ranks.require_samples()
+        ((texts,),) = ranks.gather((text_features,))
+        loss = siglip_loss(image_features, texts, logit_scale, bias, row_offset=ranks.first_row)
+        share = ranks.own * self.world_size / ranks.samples  # 1 where all processes hold equally many
         return _output(loss * share, output_dict)

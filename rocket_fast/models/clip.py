@@ -95,7 +95,7 @@ class DualEncoder(nn.Module):
         Raises ``ValueError`` where the numbers of views differ, or there are strong views and no head for them.
         """
         self._require_views(len(images), len(texts))
-        image_features = tuple(self.visual(image) for image in images)
+        image_features = encode_pictures(self.visual, images)
         text_features = encode_captions(self.text, texts)
         image_h, text_h, h_logit_scale = self._strong_embeddings(image_features[1:], text_features[1:])
         return Embeddings(
@@ -115,7 +115,7 @@ class DualEncoder(nn.Module):
 
     def encode_text(self, text: PackedText) -> tuple[Tensor, Tensor | None]:
         """Embeddings (B, D) of captions through head z and through head h, None where h is z or absent."""
-        features = self.text(text, strong=False)
+        features = self.text(text)
         return self.text_z(features), self.text_h(features) if isinstance(self.text_h, MLPHead) else None
 
     @torch.no_grad()
@@ -177,11 +177,23 @@ class DualEncoder(nn.Module):
         return dataclasses.replace(outputs, image_v=image_v, text_v=text_v)
 
 
+def encode_pictures(tower: VisionTower, images: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Features of each view; views of one size in one pass, unless batch norm takes each view's own statistics."""
+    if tower.per_view:
+        return tuple(tower(image) for image in images)
+    features: dict[int, Tensor] = {}
+    sizes = [image.shape[1:] for image in images]
+    for size in dict.fromkeys(sizes):
+        views = [view for view, other in enumerate(sizes) if other == size]
+        together = torch.cat([images[view] for view in views]) if len(views) > 1 else images[views[0]]
+        features |= zip(views, tower(together).split([len(images[view]) for view in views]), strict=True)
+    return tuple(features[view] for view in range(len(images)))
+
+
 def encode_captions(tower: TextTower, texts: Sequence[PackedText]) -> tuple[Tensor, ...]:
-    """Features of each view's captions, the weak view first; one pass for all views unless strong ones have dropout."""
-    if tower.config.dropout and tower.training:
-        return tuple(tower(text, strong=view > 0) for view, text in enumerate(texts))
-    return tower(PackedText.cat(texts), strong=False).split([len(text) for text in texts])
+    """Features of each view's captions, the weak view first; all views' tokens in one pass."""
+    features = tower(PackedText.cat(texts), dropout_from=texts[0].tokens.shape[0])
+    return features.split([len(text) for text in texts])
 
 
 class MomentumEncoder(nn.Module):
@@ -203,7 +215,7 @@ class MomentumEncoder(nn.Module):
         self, images: tuple[Tensor, ...], texts: tuple[PackedText, ...]
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Projections of every view, (B, P) each, no gradient; strong texts have dropout as in the trained tower."""
-        image_features = [self.visual(image) for image in images]
+        image_features = encode_pictures(self.visual, images)
         text_features = encode_captions(self.text, texts)
         return self.image_projector(image_features), self.text_projector(text_features)
 

@@ -72,23 +72,30 @@ class TextTower(nn.Module):
         for block in blocks:
             _initialize_block(block, config.width, config.layers)
 
-    def forward(self, text: PackedText, *, strong: bool) -> Tensor:
-        """Features (B, W); ``strong`` says that this is a strong view, which has dropout in training.
+    def forward(self, text: PackedText, *, dropout_from: int | None = None) -> Tensor:
+        """Features (B, W), computed on real tokens only.
 
-        Only real tokens are computed on, except in attention, which pads captions to the longest of the batch: it is
-        causal, so tokens after the end change nothing. Raises ``ValueError`` where that exceeds the context length.
+        ``dropout_from``: strong views begin at this token, and have dropout in training; None: there are none. Raises
+        ``ValueError`` where a caption is longer than the context length.
         """
         limit = self.config.context_length
         if text.longest > limit:  # formatting the message only now keeps the compiled tower general in lengths
             raise InvalidArgument(
                 f"text: got a caption of {text.longest} tokens, expected at most context_length = {limit}"
             )
-        dropout = self.config.dropout if strong and self.training else 0.0
         layout = PackedLayout.of(text)
         x_TW = self.token_embedding(text.tokens) + F.embedding(layout.position_T, self.positional_embedding)
         for block in self.blocks:
-            x_TW = run_block(block, F.dropout(x_TW, dropout), layout, checkpointing=self.config.checkpointing)
+            x_TW = self._dropout(x_TW, dropout_from)
+            x_TW = run_block(block, x_TW, layout, checkpointing=self.config.checkpointing)
         return self.norm(x_TW.index_select(0, layout.last_B))
+
+    def _dropout(self, x_TW: Tensor, dropout_from: int | None) -> Tensor:
+        """Dropout on the tokens of strong views."""
+        if dropout_from is None or not self.config.dropout or not self.training:
+            return x_TW
+        weak, strong = x_TW[:dropout_from], x_TW[dropout_from:]
+        return torch.cat([weak, F.dropout(strong, self.config.dropout)])
 
 
 def _initialize_block(block: TransformerBlock, width: int, layers: int) -> None:

@@ -1,6 +1,6 @@
 """Vision towers: normalised pictures (B, 3, H, W) to features (B, width).
 
-A tower sees one view at a time, so that batch norm takes each view's own statistics, as in the original recipe.
+A tower with batch norm sees one view at a time, so that each view has its own statistics, as in the original recipe.
 Shapes: B pictures, C channels, H x W pixels or positions, L tokens, D tower width.
 """
 
@@ -111,6 +111,11 @@ class VisionTower(nn.Module):
     """Normalised pictures, floating point (B, 3, H, W), to features (B, ``width``)."""
 
     width: int
+
+    @property
+    def per_view(self) -> bool:
+        """Whether pictures of a batch know of each other, through batch norm: then views must not be mixed."""
+        return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules())
 
 
 def build_vision(config: VisionConfig) -> VisionTower:

@@ -116,8 +116,8 @@ def test_outputs_are_those_of_the_original(case):
     """To 1e-5 absolute plus 1e-5 relative; the fixture itself is up to 1.8e-5 from float64, behind BarLIP's norms."""
     model = reference_model(case).train()
     features: dict[str, list[Tensor]] = {"image": [], "text": []}
-    model.visual.register_forward_hook(lambda *call: features["image"].append(call[2]))
-    model.text.register_forward_hook(lambda *call: features["text"].extend(call[2].split(5)))  # 5 captions a view
+    model.visual.register_forward_hook(lambda *call: features["image"].extend(call[2].split(5)))  # 5 a view
+    model.text.register_forward_hook(lambda *call: features["text"].extend(call[2].split(5)))
     count = 1 if model.config.h_head is None else 3
     tokens = torch.from_numpy(ARRAYS[f"{case}/in/text"])
     images = tuple(torch.from_numpy(ARRAYS[f"{case}/in/image/{view}"]) for view in range(count))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -484,6 +485,116 @@ def test_nothing_quadratic_is_saved_for_backward(loss: Callable[..., Tensor]) ->
     assert 0 < sum(saved) < 900 * 900 / 4
 
 
+# --- how people use it ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_targets_under_autocast_are_those_without(smoothing: float) -> None:
+    image, text, targets = random(9, 16), random(7, 16, seed=1), torch.randint(7, (9,))
+    rounded = [side.bfloat16().float() for side in (image, text)]
+    options = {"targets": targets, "label_smoothing": smoothing, "normalize": True}
+    sides = [leaf(side.float()) for side in (image, text)]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = kernels.clip_loss(*sides, 3.0, **options)
+        loss.backward()  # within, as some trainers do
+    expected_sides = [leaf(side) for side in rounded]
+    expected = kernels.clip_loss(*expected_sides, 3.0, **options)
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    for side, other in zip(sides, expected_sides, strict=True):
+        torch.testing.assert_close(side.grad, other.grad, rtol=2e-2, atol=2e-4)  # gradients of 16-bit factors
+
+
+def test_a_loss_may_be_changed_in_place() -> None:
+    x, y = (leaf(random(6, 4, seed=seed)) for seed in (0, 1))
+    for loss in (
+        lambda: kernels.clip_loss(x, y, 3.0),
+        lambda: kernels.siglip_loss(x, y, 3.0, -2.0),
+        lambda: kernels.clip_terms(x, y, 3.0).loss_image,
+        lambda: kernels.multiview_clip_terms(x, y, 3.0, [x], [y], 3.0).loss_text,
+    ):
+        (expected,) = torch.autograd.grad(loss() / 4, x)
+        value = loss()
+        value /= 4
+        torch.testing.assert_close(torch.autograd.grad(value, x)[0], expected)
+
+
+def test_views_of_other_precision() -> None:
+    x, y = random(6, 4), random(6, 4, seed=1)
+    both = kernels.multiview_clip_loss(x.float(), y.float(), 3.0, [x], [y], 3.0)
+    torch.testing.assert_close(both, kernels.multiview_clip_loss(x, y, 3.0, [x], [y], 3.0), rtol=1e-6, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        kernels.multiview_clip_loss(x.float(), y.bfloat16(), 3.0, [x.float()], [y.bfloat16()], 3.0)
+
+
+def test_sizes_and_scales_that_change_compile_few_times() -> None:
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(module: Any, _: Any) -> Any:
+        graphs.append(module)
+        return module.forward
+
+    def all_losses(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        views = [x, y]
+        return (
+            kernels.clip_loss(x, y, scale)
+            + kernels.siglip_loss(x, y, scale, -2.0)
+            + kernels.multiview_clip_loss(x, y, scale, views, views, scale)
+            + kernels.clip_loss(x, y, scale, targets=torch.arange(x.shape[0]))
+        )
+
+    compiled = torch.compile(all_losses, backend=backend, fullgraph=True)
+    for rows in (5, 6, 9, 12, 17, 30):
+        compiled(leaf(random(rows, 8)), leaf(random(rows, 8)), torch.tensor(3.0))
+    assert len(graphs) <= 3
+    graphs.clear()
+    scaled = torch.compile(lambda x, scale: kernels.clip_loss(x, x, scale), backend=backend, fullgraph=True)
+    for scale in (10.0, 11.0, 12.0, 13.0):
+        scaled(random(5, 8), scale)
+    assert len(graphs) <= 3
+
+
+def test_shapes_can_be_asked_without_data() -> None:
+    with FakeTensorMode():
+        x = torch.empty(8, 4, requires_grad=True)
+        assert kernels.clip_loss(x, x, torch.ones(())).shape == ()
+        assert kernels.clip_loss(x, x, torch.ones(()), targets=torch.zeros(8, dtype=torch.int64)).shape == ()
+        assert kernels.siglip_loss(x, x, torch.ones(()), torch.ones(())).shape == ()
+
+
+@pytest.mark.parametrize(("scale", "bias"), [(40.0, -25.0), (100.0, -60.0)])
+def test_sure_sigmoids_do_not_cancel(scale: float, bias: float) -> None:
+    image = F.normalize(random(512, 64), dim=1)
+    text = F.normalize(image + 0.05 * random(512, 64, seed=1), dim=1)
+    exact = reference.siglip_loss(image, text, scale, bias)
+    torch.testing.assert_close(
+        kernels.siglip_loss(image.float(), text.float(), scale, bias).double(), exact, rtol=2e-5, atol=0
+    )
+
+
+def test_memory_is_the_workspace_and_what_the_docstring_says() -> None:
+    """Peak of allocations beyond inputs and gradients, many rows against few."""
+    rows, columns, width = 4096, 64, 256
+    side = 4 * rows * width
+
+    def peak(dtype: torch.dtype, **options: Any) -> int:
+        x, y = (leaf(torch.randn(size, width, dtype=dtype)) for size in (rows, columns))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            kernels.clip_loss(x, y, 3.0, workspace_mib=0.25, **options).backward()
+        events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        now = most = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            now += event.nbytes()
+            most = max(most, now)
+        return most
+
+    slack = 2 * 2**20
+    assert peak(torch.float32) < side + slack  # the gradient
+    assert peak(torch.float32, normalize=True) < 3 * side + slack  # and a copy, and its gradient
+    assert peak(torch.bfloat16) < 2.5 * side + slack  # copy and gradient in float32, the gradient in 16 bits
+
+
 # --- operations -------------------------------------------------------------------------------------------------------
 
 
@@ -537,7 +648,10 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "offset": (lambda: clip(X, Y, 1.0, row_offset=6), "row_offset: got 6, expected -3 to 5"),
     "negative offset": (lambda: clip(X, Y, 1.0, row_offset=-4), "row_offset: got -4, expected -3 to 5"),
     "reduction": (lambda: clip(X, X, 1.0, reduction="mean"), "reduction: got 'mean', expected one of"),  # type: ignore[arg-type]
-    "workspace": (lambda: clip(X, X, 1.0, workspace_mib=0), "workspace_mib: got 0, expected a number of MiB > 0"),
+    "workspace": (
+        lambda: clip(X, X, 1.0, workspace_mib=0),
+        "workspace_mib: got 0, expected a finite number of MiB > 0",
+    ),
     "targets and offset": (
         lambda: clip(X, Y, 1.0, row_offset=1, targets=torch.arange(4)),
         "row_offset: got 1, expected 0 beside targets",

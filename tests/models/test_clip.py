@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rocket_fast.batch import Embeddings, PackedText
-from rocket_fast.models.clip import CLIPConfig, DualEncoder
+from rocket_fast.models.clip import CLIPConfig, DualEncoder, encode_pictures
 from rocket_fast.models.heads import (
     BarLIPConfig,
     BYOLIPConfig,
@@ -18,7 +18,7 @@ from rocket_fast.models.heads import (
     SwALIPPrototypesConfig,
 )
 from rocket_fast.models.text import TextConfig
-from rocket_fast.models.vision import ConvStemViTConfig, ViTConfig
+from rocket_fast.models.vision import ConvStemViTConfig, VisionTower, ViTConfig, build_vision
 
 CL2L = CLIPConfig(
     vision=ViTConfig(image_size=16, patch_size=8, width=12, layers=1, heads=3),
@@ -235,7 +235,7 @@ def test_byolip_targets_are_the_averaged_encoders_without_gradient():
             parameter.add_(torch.randn_like(parameter))
     outputs = model(images, texts).companion
     image_features = [model.visual(image) for image in images]
-    text_features = [model.text(text, strong=view > 0) for view, text in enumerate(texts)]
+    text_features = [model.text(text, dropout_from=0 if view else None) for view, text in enumerate(texts)]
     before, now = copied(image_features, text_features), model.companion(image_features, text_features)
     for targets, averaged in ((outputs.image_v, before.image_v), (outputs.text_v, before.text_v)):
         assert not any(target.requires_grad for target in targets)
@@ -276,3 +276,39 @@ def test_freezing_takes_prototype_gradients_only():
 def test_bad_fields_are_named(changes, name):
     with pytest.raises(ValueError, match=rf"^{name}: got "):
         dataclasses.replace(CL2L, **changes)
+
+
+# --- views ------------------------------------------------------------------------------------------------------------
+
+
+class Counting(VisionTower):
+    """Remembers what it is called with; with a batch norm that looks at the whole batch, if asked."""
+
+    def __init__(self, batch_norm: bool) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm2d(3) if batch_norm else torch.nn.Identity()
+        self.seen: list[tuple[int, ...]] = []
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        self.seen.append(tuple(image_BCHW.shape))
+        return self.norm(image_BCHW).mean((2, 3)) * image_BCHW.shape[-1]
+
+
+@pytest.mark.parametrize(
+    ("batch_norm", "seen"),
+    [(False, [(6, 3, 8, 8), (2, 3, 4, 4)]), (True, [(4, 3, 8, 8), (2, 3, 4, 4), (2, 3, 8, 8)])],
+)
+def test_views_of_one_size_run_together_unless_batch_norm_sees_them(batch_norm: bool, seen: list) -> None:
+    images = tuple(torch.randn(count, 3, size, size) for count, size in ((4, 8), (2, 4), (2, 8)))
+    tower = Counting(batch_norm)
+    features = encode_pictures(tower, images)
+    assert tower.seen == seen
+    for image, found in zip(images, features, strict=True):
+        torch.testing.assert_close(found, tower(image))
+
+
+def test_a_vits_views_are_those_of_one_by_one() -> None:
+    tower = build_vision(ViTConfig(image_size=8, patch_size=4, width=16, layers=2, heads=2))
+    images = tuple(torch.randn(3, 3, 8, 8) for _ in range(3))
+    for image, found in zip(images, encode_pictures(tower, images), strict=True):
+        torch.testing.assert_close(found, tower(image))

@@ -26,8 +26,8 @@ def captions(*lengths: int) -> list[list[int]]:
 @given(st.lists(st.integers(2, 16), min_size=1, max_size=5))
 def test_neighbours_and_padding_do_not_change_a_caption(lengths):
     tower, ids = build_tower(), captions(*lengths)
-    together = tower(PackedText.from_ids(ids), strong=False)
-    alone = torch.cat([tower(PackedText.from_ids([caption]), strong=False) for caption in ids])
+    together = tower(PackedText.from_ids(ids))
+    alone = torch.cat([tower(PackedText.from_ids([caption])) for caption in ids])
     torch.testing.assert_close(together, alone)
 
 
@@ -41,14 +41,14 @@ def test_rows_padded_to_the_context_give_the_same_features():
     for block in tower.blocks:
         x = block(x)
     expected = tower.norm(x)[torch.arange(3), torch.tensor([2, 8, 4])]
-    torch.testing.assert_close(tower(PackedText.from_padded(rows), strong=False), expected)
-    torch.testing.assert_close(tower(PackedText.from_ids(ids), strong=False), expected)
+    torch.testing.assert_close(tower(PackedText.from_padded(rows)), expected)
+    torch.testing.assert_close(tower(PackedText.from_ids(ids)), expected)
 
 
 def test_int32_tokens_are_taken():
     tower, text = build_tower(), PackedText.from_ids(captions(4, 6))
     narrow = dataclasses.replace(text, tokens=text.tokens.int())
-    torch.testing.assert_close(tower(narrow, strong=False), tower(text, strong=False))
+    torch.testing.assert_close(tower(narrow), tower(text))
 
 
 def test_compiled_once_for_all_caption_lengths():
@@ -56,7 +56,7 @@ def test_compiled_once_for_all_caption_lengths():
     compiled = torch.compile(tower, backend=counter, dynamic=True)
     for longest in (6, 9, 7, 12, 15, 3, 11):
         text = PackedText.from_ids(captions(2, longest, 4))
-        torch.testing.assert_close(compiled(text, strong=False), tower(text, strong=False))
+        torch.testing.assert_close(compiled(text), tower(text))
     assert counter.frame_count <= 3
     torch._dynamo.reset()
 
@@ -70,7 +70,7 @@ def test_gradients_are_the_same_every_time_on_several_threads():
     gradients = []
     for _ in range(8):
         tower.zero_grad()
-        tower(text, strong=False).square().sum().backward()
+        tower(text).square().sum().backward()
         gradients.append([p.grad.clone() for p in tower.parameters()])
     torch.set_num_threads(threads)
     for again in gradients[1:]:
@@ -79,18 +79,18 @@ def test_gradients_are_the_same_every_time_on_several_threads():
 
 def test_a_caption_longer_than_the_context_is_refused():
     with pytest.raises(ValueError, match=r"text: got a caption of 17 tokens, expected at most context_length = 16"):
-        build_tower()(PackedText.from_ids(captions(17)), strong=False)
+        build_tower()(PackedText.from_ids(captions(17)))
 
 
 def test_dropout_acts_on_strong_views_in_training_only():
     tower = build_tower(dataclasses.replace(CONFIG, dropout=0.5))
     text = PackedText.from_ids(captions(4, 8))
     tower.eval()
-    plain = tower(text, strong=False)
-    torch.testing.assert_close(tower(text, strong=True), plain)
+    plain = tower(text)
+    torch.testing.assert_close(tower(text, dropout_from=0), plain)
     tower.train()
-    torch.testing.assert_close(tower(text, strong=False), plain)
-    first, second = tower(text, strong=True), tower(text, strong=True)
+    torch.testing.assert_close(tower(text), plain)
+    first, second = tower(text, dropout_from=0), tower(text, dropout_from=0)
     assert not torch.allclose(first, plain)
     assert not torch.allclose(first, second)
 
@@ -100,7 +100,7 @@ def test_dropout_acts_on_each_blocks_input():
     zeroed = []
     for block in tower.blocks:
         block.register_forward_pre_hook(lambda _, inputs: zeroed.append((inputs[0] == 0).double().mean().item()))
-    tower(PackedText.from_ids(captions(*[16] * 32)), strong=True)
+    tower(PackedText.from_ids(captions(*[16] * 32)), dropout_from=0)
     assert zeroed == pytest.approx([0.5, 0.5], abs=0.03)
 
 
@@ -110,7 +110,7 @@ def test_checkpointing_changes_no_value_and_no_gradient():
     for checkpointing in (False, True):
         tower = build_tower(dataclasses.replace(CONFIG, dropout=0.3, checkpointing=checkpointing))
         torch.manual_seed(1)
-        features = tower(text, strong=True)
+        features = tower(text, dropout_from=0)
         features.square().sum().backward()
         results.append([features.detach(), *(parameter.grad for parameter in tower.parameters())])
     for plain, recomputed in zip(*results, strict=True):
@@ -119,7 +119,7 @@ def test_checkpointing_changes_no_value_and_no_gradient():
 
 def test_gradients_reach_every_parameter():
     tower = build_tower()
-    tower(PackedText.from_ids(captions(16, 5)), strong=False).pow(3).sum().backward()
+    tower(PackedText.from_ids(captions(16, 5))).pow(3).sum().backward()
     for name, parameter in tower.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0 or name.endswith("bias"), name
