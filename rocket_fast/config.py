@@ -156,8 +156,13 @@ class TrainConfig:
         require(strong > 0 or not isinstance(head, MLPHeadConfig), "image.strong", self.image.strong, expected)
         pairs = strong >= 2 or not isinstance(self.model.companion, SwALIPConfig)
         require(pairs, "image.strong", f"{strong} strong views", "2 or more, for SwALIP to label one by another")
-        if isinstance(self.model.vision, ViTConfig | ConvStemViTConfig):
-            side = self.model.vision.image_size
+        vision = self.model.vision
+        if isinstance(vision, ViTConfig) and vision.any_size:
+            for number, view in enumerate(self.image.views):
+                expected = f"a multiple of model.vision.patch_size = {vision.patch_size}"
+                require(view.size % vision.patch_size == 0, f"size of view {number}", view.size, expected)
+        elif isinstance(vision, ViTConfig | ConvStemViTConfig):
+            side = vision.image_size
             for number, view in enumerate(self.image.views):
                 require(view.size == side, f"size of view {number}", view.size, f"model.vision.image_size = {side}")
 

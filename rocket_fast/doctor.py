@@ -27,6 +27,7 @@ OPTIONAL = {
         "rich",
         "safetensors",
         "timm",
+        "fvcore",
     ),
     "gpu": ("triton", "xformers", "nvidia.dali"),
     "ffcv": ("ffcv",),
@@ -35,7 +36,7 @@ OPTIONAL = {
     "slurm": ("submitit",),
     "track": ("wandb", "tensorboard"),
     "report": ("matplotlib", "jinja2"),
-    "bench": ("pytest_benchmark", "fvcore"),
+    "bench": ("pytest_benchmark",),
 }
 """Extra -> the modules it brings."""
 

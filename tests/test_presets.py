@@ -1,5 +1,7 @@
 """Every preset builds, and its numbers are the recipe's (the table is typed here a second time, on purpose)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -40,8 +42,9 @@ GRID = [(b, d) for b in VISION for d in ("cc3m", "cc12m", "yfcc")] + [("rn50", "
 def test_the_list_is_complete():
     suffixes = ("", "-clip", *(f"-{name}" for name in COMPANIONS))
     expected = {f"{b}-{d}{suffix}" for b, d in GRID for suffix in suffixes} | {"demo", "demo-clip", "debug"}
+    expected |= {f"{b}-{d}-fast" for b, d in GRID if b.startswith("vit")}
     assert set(PRESETS) == expected
-    assert len(overview()) == 3 + 1 + len(COMPANIONS) + 1
+    assert len(overview()) == 3 + 1 + len(COMPANIONS) + 2
 
 
 @pytest.mark.parametrize(("backbone", "data"), GRID)
@@ -113,6 +116,20 @@ def test_views_are_the_recipes(backbone: str):
     assert (strong.jitter, strong.jitter_prob) == ((0.4, 0.4, 0.4, 0.1), 0.8)
     assert (strong.gray_prob, strong.blur_prob, strong.blur_sigma) == (0.2, 0.5, (0.1, 2.0))
     assert strong.solarize_prob == 0
+
+
+@pytest.mark.parametrize("backbone", ["vits16", "vitb16", "vitb32", "vitl16"])
+def test_fast_looks_at_less_of_every_picture(backbone: str):
+    full, fast = preset(f"{backbone}-yfcc"), preset(f"{backbone}-yfcc-fast")
+    assert {view.size for view in fast.image.views} == {160}
+    assert isinstance(fast.model.vision, ViTConfig)
+    side = 160 // fast.model.vision.patch_size
+    assert cost(fast).training_flops < 0.55 * cost(full).training_flops
+    changed = replace(fast.model.vision, any_size=False, patch_keep=1.0)
+    assert replace(fast.model, vision=changed) == full.model
+    with torch.device("meta"):
+        tower = DualEncoder(fast.model).visual.train()
+        assert tower._drop_patches(torch.empty(2, side * side, tower.width)).shape[1] == round(0.75 * side * side)
 
 
 def test_schedule_of_a_published_run():

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rocket_fast.errors import InvalidArgument, optional_import, require
-from rocket_fast.models.attention import TransformerBlock, run_block
+from rocket_fast.models.attention import Checkpointing, TransformerBlock, require_checkpointing, run_block
 
 
 def _require_heads(width: int, heads: int) -> None:
@@ -40,8 +40,12 @@ class ViTConfig:
     """Attention heads of each block."""
     mlp_ratio: float = 4.0
     """Width of a block's hidden layer as a multiple of the width."""
-    checkpointing: bool = False
-    """Recompute the blocks' activations in the backward pass: less memory, a third more work."""
+    checkpointing: Checkpointing = "none"
+    """What the backward pass computes again instead of keeping."""
+    any_size: bool = False
+    """Take pictures of any size in whole patches, with positions interpolated from those of image_size."""
+    patch_keep: float = 1.0
+    """In training, the part of a picture's patches that are looked at, drawn anew each time (Li et al. 2023, FLIP)."""
 
     def __post_init__(self) -> None:
         require(self.patch_size >= 1, "vision.patch_size", self.patch_size, "a number >= 1")
@@ -50,6 +54,8 @@ class ViTConfig:
         require(self.layers >= 1, "vision.layers", self.layers, "a number >= 1")
         _require_heads(self.width, self.heads)
         require(self.mlp_ratio > 0, "vision.mlp_ratio", self.mlp_ratio, "a positive number")
+        require(0 < self.patch_keep <= 1, "vision.patch_keep", self.patch_keep, "a number in (0, 1]")
+        require_checkpointing("vision.checkpointing", self.checkpointing)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,13 +154,43 @@ class ViT(VisionTower):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
-        """Features (B, D). Raises ``ValueError`` where the pictures have another size than the configuration's."""
-        _require_size(image_BCHW, self.config.image_size)
+        """Features (B, D). Raises ``ValueError`` for a size of pictures that the configuration does not admit."""
+        if not self.config.any_size:
+            _require_size(image_BCHW, self.config.image_size)
         patch_BLD = self.patch_embed(image_BCHW).flatten(2).transpose(1, 2)
-        x_BLD = torch.cat([self.cls_token.expand(len(image_BCHW), -1, -1), patch_BLD], dim=1) + self.pos_embed
+        class_position, position_1LD = self.pos_embed[:, :1], self._positions(*image_BCHW.shape[2:])
+        patch_BLD = self._drop_patches(patch_BLD + position_1LD)
+        class_BLD = (self.cls_token + class_position).expand(patch_BLD.shape[0], -1, -1)
+        x_BLD = torch.cat([class_BLD, patch_BLD], dim=1)
         for block in self.blocks:
             x_BLD = run_block(block, x_BLD, checkpointing=self.config.checkpointing)
         return self.norm(x_BLD[:, 0])
+
+    def _positions(self, height: int, width: int) -> Tensor:
+        """The patches' positions (1, L, D); for pictures of other sizes interpolated as timm does (bicubic, smooth)."""
+        patch_size, side = self.config.patch_size, self.config.image_size // self.config.patch_size
+        position_1LD = self.pos_embed[:, 1:]
+        if height == width == self.config.image_size:
+            return position_1LD
+        if height % patch_size or width % patch_size:
+            raise InvalidArgument(
+                f"image: got {height} x {width} pixels, expected multiples of patch_size = {patch_size}"
+            )
+        grid_1DHW = position_1LD.unflatten(1, (side, side)).permute(0, 3, 1, 2).float()
+        grid = (height // patch_size, width // patch_size)
+        grid_1DHW = F.interpolate(grid_1DHW, grid, mode="bicubic", antialias=True, align_corners=False)
+        return grid_1DHW.flatten(2).transpose(1, 2).to(position_1LD.dtype)
+
+    def _drop_patches(self, patch_BLD: Tensor) -> Tensor:
+        """Some of the patches, other ones for every picture; all of them outside training."""
+        if self.config.patch_keep == 1 or not self.training:
+            return patch_BLD
+        batch, count = patch_BLD.shape[0], int(patch_BLD.shape[1])
+        keep = max(1, round(self.config.patch_keep * count))
+        kept_Bk = torch.rand(batch, count, device=patch_BLD.device).argsort(dim=1)[:, :keep]
+        first_B1 = count * torch.arange(batch, device=patch_BLD.device)[:, None]
+        rows = patch_BLD.flatten(0, 1).index_select(0, (kept_Bk + first_B1).flatten())
+        return rows.view(batch, keep, -1)
 
 
 class ConvStemViT(VisionTower):
@@ -197,10 +233,11 @@ class TimmTower(VisionTower):
         super().__init__()
         self.trunk = optional_import("timm", "train").create_model(config.name, pretrained=False, num_classes=0)
         self.width = self.trunk.num_features
+        self.to(memory_format=torch.channels_last)  # what CPUs' and GPUs' fast convolutions work on
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         """Features (B, D), averaged over positions; any picture size."""
-        return self.trunk(image_BCHW)
+        return self.trunk(image_BCHW.contiguous(memory_format=torch.channels_last))
 
 
 class ResidualBlock(nn.Module):

@@ -75,14 +75,54 @@ def test_batch_norm_is_per_call_and_a_vit_has_none():
 
 def test_vit_checkpointing_changes_no_value_and_no_gradient():
     results = []
-    for checkpointing in (False, True):
+    for checkpointing in ("none", "cheap", "blocks"):
         torch.manual_seed(0)
         tower = build_vision(dataclasses.replace(VIT, checkpointing=checkpointing))
         features = tower(pictures(24))
         features.pow(3).sum().backward()
         results.append([features.detach(), *(parameter.grad for parameter in tower.parameters())])
-    for plain, recomputed in zip(*results, strict=True):
-        torch.testing.assert_close(plain, recomputed)
+    for plain, *recomputed in zip(*results, strict=True):
+        for other in recomputed:
+            torch.testing.assert_close(plain, other)
+
+
+def test_pictures_of_other_sizes_interpolate_the_positions():
+    timm = pytest.importorskip("timm.layers")
+    tower = build_vision(dataclasses.replace(VIT, any_size=True)).double()
+    torch.nn.init.normal_(tower.pos_embed)
+    own = tower.config.image_size
+    torch.testing.assert_close(tower(pictures(own).double()), build_like(tower, any_size=False)(pictures(own).double()))
+    expected = timm.resample_abs_pos_embed(tower.pos_embed.float(), new_size=[2, 4], num_prefix_tokens=1)[:, 1:]
+    torch.testing.assert_close(tower._positions(2 * 8, 4 * 8).float(), expected)
+    assert tower(torch.randn(2, 3, 16, 32, dtype=torch.float64)).shape == (2, VIT.width)
+    with pytest.raises(ValueError, match=r"image: got 20 x 32 pixels, expected multiples of patch_size = 8"):
+        tower(torch.randn(2, 3, 20, 32, dtype=torch.float64))
+
+
+def build_like(tower, **changes):
+    other = build_vision(dataclasses.replace(tower.config, **changes)).double()
+    other.load_state_dict(tower.state_dict())
+    return other
+
+
+def test_patches_are_dropped_in_training_only():
+    tower = build_vision(dataclasses.replace(VIT, patch_keep=0.5)).double()
+    picture = pictures(VIT.image_size).double()
+    torch.testing.assert_close(tower.eval()(picture), build_like(tower, patch_keep=1.0)(picture))
+    tower.train()
+    seen = torch.zeros(1000)
+    for _ in range(60):
+        patches = torch.arange(18.0).view(2, 9, 1)
+        kept = tower._drop_patches(patches)
+        assert kept.shape == (2, 4, 1)  # round(4.5)
+        assert ((kept >= 0) & (kept < 9))[0].all()
+        assert ((kept >= 9) & (kept < 18))[1].all()
+        assert len(kept.unique()) == 8
+        seen[kept.flatten().long()] += 1
+    assert (seen[:18] > 10).all()  # 27 expected
+    assert not torch.equal(tower(picture), tower(picture))
+    gradient = torch.autograd.grad(tower(picture).sum(), tower.pos_embed)[0]
+    assert gradient.abs().sum() > 0
 
 
 def test_vit_sees_where_a_patch_is():
