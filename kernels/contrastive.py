@@ -28,7 +28,7 @@ from rocket_fast.kernels.checks import (
     require_smoothing,
     require_views,
 )
-from rocket_fast.kernels.dispatch import implementation, without_autocast
+from rocket_fast.kernels.dispatch import autocast_on, implementation, without_autocast
 from rocket_fast.kernels.positives import Pairs, soft_terms
 from rocket_fast.kernels.reference import ClipTerms, MultiviewClipTerms, Reduction
 from rocket_fast.kernels.tiled import Positives, compute_dtype
@@ -316,7 +316,7 @@ _rescale.register_autograd(refuse_second_derivative, setup_context=_keep_nothing
 def as_factors(first_name: str, first: Tensor, second_name: str, second: Tensor) -> tuple[Tensor, Tensor]:
     """Both sides in one dtype: autocast's where it is on, as for any matrix product; else theirs, which must agree."""
     device_type = first.device.type
-    if torch.is_autocast_enabled(device_type):
+    if autocast_on(device_type):
         dtype = torch.promote_types(first.dtype, second.dtype)
         dtype = torch.get_autocast_dtype(device_type) if dtype != torch.float64 else dtype
         return first.to(dtype), second.to(dtype)

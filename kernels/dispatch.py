@@ -25,10 +25,14 @@ def _triton_kernels() -> ModuleType | None:
     return triton_contrastive
 
 
+def autocast_on(device_type: str) -> bool:
+    """Whether autocast is on; some devices, "meta" among them, have none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Operations choose their own precision; nothing is entered where autocast is off, which takes a while."""
-    on = torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if on else nullcontext()
+    return torch.autocast(device_type, enabled=False) if autocast_on(device_type) else nullcontext()
 
 
 def implementation(x: Tensor) -> ModuleType:
