@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rocket_fast import exchange
 from rocket_fast.interop.open_clip import DIST_IMPLS, ClipLoss, SigLipLoss
 
+LR = 3e-3
 STEPS, BATCH = 20, 16
 
 # --- open_clip's training loop ----------------------------------------------------------------------------------------
@@ -79,7 +80,7 @@ def train(loss: nn.Module, *, siglip: bool, **options: Any) -> tuple[list[float]
     args = Namespace(**defaults | {"batch_size": BATCH, "log_every_n_steps": 1} | options)
     model, recorder = tiny_clip(open_clip, siglip), Recorder()
     data = {"train": SimpleNamespace(dataloader=Batches(), set_epoch=lambda epoch: None)}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     train_one_epoch(model, data, loss, 0, optimizer, None, None, None, args, tb_writer=recorder)
     return recorder.losses, model
 
@@ -100,9 +101,12 @@ def test_twenty_training_steps_are_open_clips(name: str, options: dict[str, Any]
         return
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
     state = our_model.state_dict()
+    # Adam moves a weight by up to the learning rate a step, whatever the gradient's size: where that is small, rounding
+    # decides the direction. So weights agree to a thousandth of how far they could have moved.
+    atol = 1e-3 * LR * STEPS
     for key, value in their_model.state_dict().items():
         if not key.endswith("in_proj_bias"):  # the keys' part has gradient zero, of which Adam scales up the rounding
-            torch.testing.assert_close(state[key], value, rtol=0, atol=3e-5, msg=lambda m, key=key: f"{key}: {m}")
+            torch.testing.assert_close(state[key], value, rtol=0, atol=atol, msg=lambda m, key=key: f"{key}: {m}")
 
 
 @pytest.mark.parametrize("name", ["ClipLoss", "SigLipLoss"])
