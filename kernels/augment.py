@@ -16,14 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from rocket_fast.errors import optional_import
+from rocket_fast.errors import optional_import, require
 from rocket_fast.image_augment import ViewParams
 
+cv2 = optional_import("cv2", "train")
 numba = optional_import("numba", "train")
 
 Four = tuple[float, float, float, float]
 _MARGIN_LEVELS = 8  # what a JPEG's noise stays below
-_LANES = 16
+_SAME = np.eye(3)
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's "L"; image_augment.LUMA, but numba's cache sees only this file
 
 
@@ -37,13 +38,16 @@ def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @_jit
 def _bicubic_taps(start: float, length: float, low: int, high: int, size: int) -> Any:
-    """Per output pixel: first source index (size,), number of taps (size,), weights (size, T) summing to one."""
+    """Per output pixel: first source index (size,), number of taps (size,), weights (size, T) summing to one.
+
+    T is a multiple of 8; weights beyond the number of taps are zero.
+    """
     scale = length / size
     stretch = max(scale, 1.0)
     support = 2.0 * stretch
     first = np.empty(size, np.int64)
     count = np.empty(size, np.int64)
-    weights = np.zeros((size, int(np.ceil(support)) * 2 + 1), np.float32)
+    weights = np.zeros((size, (int(np.ceil(support)) * 2 + 8) // 8 * 8), np.float32)
     for i in range(size):
         centre = start + (i + 0.5) * scale
         begin = max(int(centre - support + 0.5), low)
@@ -66,58 +70,83 @@ def _bicubic_taps(start: float, length: float, low: int, high: int, size: int) -
 
 
 @_jit
-def _resize(source: np.ndarray, window: Four, bounded: bool, flip: bool, view: np.ndarray) -> None:
-    """Columns first, rounded and clipped as Pillow does between its passes, then rows, into ``view`` (3, h, w) float32.
+def _combine(lines: np.ndarray, first: int, count: int, weights: np.ndarray, total: np.ndarray) -> None:
+    """``total = sum_k weights[k] * lines[first + k]``, eight lines at a time: sums stay in registers.
 
-    Columns are combined for ``_LANES`` rows at once, laid side by side, so that both passes run on whole vectors.
+    ``weights`` are zero from ``count`` on; the last line stands in for lines beyond it.
+    """
+    last = first + count - 1
+    for k in range(0, count, 8):
+        at = first + k
+        a, b, c, d = lines[at], lines[min(at + 1, last)], lines[min(at + 2, last)], lines[min(at + 3, last)]
+        e, f, g, h = (
+            lines[min(at + 4, last)], lines[min(at + 5, last)], lines[min(at + 6, last)], lines[min(at + 7, last)],
+        )  # fmt: skip
+        wa, wb, wc, wd = weights[k], weights[k + 1], weights[k + 2], weights[k + 3]
+        we, wf, wg, wh = weights[k + 4], weights[k + 5], weights[k + 6], weights[k + 7]
+        if k == 0:
+            for x in range(total.size):
+                total[x] = (
+                    wa * np.float32(a[x]) + wb * np.float32(b[x]) + wc * np.float32(c[x]) + wd * np.float32(d[x])
+                    + we * np.float32(e[x]) + wf * np.float32(f[x]) + wg * np.float32(g[x]) + wh * np.float32(h[x])
+                )  # fmt: skip
+        else:
+            for x in range(total.size):
+                total[x] += (
+                    wa * np.float32(a[x]) + wb * np.float32(b[x]) + wc * np.float32(c[x]) + wd * np.float32(d[x])
+                    + we * np.float32(e[x]) + wf * np.float32(f[x]) + wg * np.float32(g[x]) + wh * np.float32(h[x])
+                )  # fmt: skip
+
+
+@_jit
+def _resize_columns(
+    lines: np.ndarray, first: np.ndarray, count: np.ndarray, weights: np.ndarray, flip: bool, out: np.ndarray
+) -> None:
+    """Columns of the source (W, 3 H), combined into the view's (w, 3 H), rounded and clipped to uint8."""
+    w = first.size
+    total = np.empty(lines.shape[1], np.float32)
+    for x in range(w):
+        _combine(lines, first[x], count[x], weights[x], total)
+        to = out[w - 1 - x if flip else x]
+        for j in range(total.size):
+            to[j] = np.uint8(np.int32(_clip(total[j] + np.float32(0.5))))
+
+
+@_jit
+def _resize_rows(
+    lines: np.ndarray, first: np.ndarray, count: np.ndarray, weights: np.ndarray, half: float, view: np.ndarray
+) -> None:
+    """Rows (H, 3 w) of interleaved colours, combined into ``view`` (3, h, w): float32, or uint8 with ``half`` .5."""
+    h, w = view.shape[1], view.shape[2]
+    total = np.empty(3 * w, np.float32)
+    for y in range(h):
+        _combine(lines, first[y], count[y], weights[y], total)
+        red, green, blue = view[0, y], view[1, y], view[2, y]
+        for x in range(w):
+            red[x] = _clip(total[3 * x] + half)
+            green[x] = _clip(total[3 * x + 1] + half)
+            blue[x] = _clip(total[3 * x + 2] + half)
+
+
+def _resize(source: np.ndarray, window: Four, bounded: bool, flip: bool, view: np.ndarray) -> None:
+    """Columns first, rounded and clipped as Pillow does between its passes, then rows, into ``view`` (3, h, w).
+
+    Both passes add up whole lines, which vector instructions like; the picture is turned for the first and turned back.
     """
     top, left, height, width = window
-    h, w = view.shape[1], view.shape[2]
+    h, w = view.shape[1:]
     low_y, high_y, low_x, high_x = 0, source.shape[0], 0, source.shape[1]
     if bounded:
         low_y, high_y, low_x, high_x = int(top), int(top + height), int(left), int(left + width)
     first_y, count_y, weight_y = _bicubic_taps(top, height, low_y, high_y, h)
     first_x, count_x, weight_x = _bicubic_taps(left, width, low_x, high_x, w)
-    row, rows = first_y[0], first_y[h - 1] + count_y[h - 1] - first_y[0]
-    column, span = first_x[0], 3 * (first_x[w - 1] + count_x[w - 1] - first_x[0])
-    lines = source.reshape(source.shape[0], source.shape[1] * 3)[row : row + rows, 3 * column : 3 * column + span]
-    between = np.empty((rows, 3 * w), np.float32)
-    block = np.zeros(span * _LANES, np.float32)
-    sums = np.empty(3 * _LANES, np.float32)
-    for start in range(0, rows, _LANES):
-        lanes = min(_LANES, rows - start)
-        if lanes == _LANES:  # a constant count, which the compiler unrolls
-            for j in range(span):
-                for lane in range(_LANES):
-                    block[j * _LANES + lane] = lines[start + lane, j]
-        else:
-            for j in range(span):
-                for lane in range(lanes):
-                    block[j * _LANES + lane] = lines[start + lane, j]
-        for x in range(w):
-            sums[:] = 0.5
-            at = 3 * _LANES * (first_x[x] - column)
-            for k in range(count_x[x]):
-                weight, taken = weight_x[x, k], block[at : at + 3 * _LANES]
-                for j in range(3 * _LANES):
-                    sums[j] += weight * taken[j]
-                at += 3 * _LANES
-            for j in range(3 * _LANES):
-                sums[j] = np.float32(np.int32(_clip(sums[j])))
-            to = w - 1 - x if flip else x
-            for c in range(3):
-                for lane in range(lanes):
-                    between[start + lane, c * w + to] = sums[c * _LANES + lane]
-    total = np.empty(3 * w, np.float32)
-    for y in range(h):
-        total[:] = 0.0
-        for k in range(count_y[y]):
-            weight, taken = weight_y[y, k], between[first_y[y] - row + k]
-            for j in range(3 * w):
-                total[j] += weight * taken[j]
-        for c in range(3):
-            for x in range(w):
-                view[c, y, x] = _clip(total[c * w + x])
+    row, end_row = first_y[0], first_y[-1] + count_y[-1]
+    column, end_column = first_x[0], first_x[-1] + count_x[-1]
+    turned = cv2.transpose(source[row:end_row, column:end_column])
+    narrow = np.empty((w, 3 * (end_row - row)), np.uint8)
+    _resize_columns(turned.reshape(turned.shape[0], -1), first_x - column, count_x, weight_x, flip, narrow)
+    lines = cv2.transpose(narrow.reshape(w, -1, 3)).reshape(end_row - row, 3 * w)
+    _resize_rows(lines, first_y - row, count_y, weight_y, np.float32(0.5 * (view.dtype == np.uint8)), view)
 
 
 @_jit
@@ -185,11 +214,12 @@ def _recolour(view: np.ndarray, matrix: np.ndarray, pivot: np.ndarray, shift: np
         for c in range(3):
             offset[c] += pivot[c] * luma
     m = matrix.astype(np.float32).reshape(9)
-    for i in range(flat.shape[1]):
-        red, green, blue = flat[0, i], flat[1, i], flat[2, i]
-        for c in range(3):
-            value = m[3 * c] * red + m[3 * c + 1] * green + m[3 * c + 2] * blue + offset[c]
-            flat[c, i] = _clip(value)
+    reds, greens, blues = flat[0], flat[1], flat[2]
+    for i in range(reds.size):
+        red, green, blue = reds[i], greens[i], blues[i]
+        reds[i] = _clip(m[0] * red + m[1] * green + m[2] * blue + offset[0])
+        greens[i] = _clip(m[3] * red + m[4] * green + m[5] * blue + offset[1])
+        blues[i] = _clip(m[6] * red + m[7] * green + m[8] * blue + offset[2])
 
 
 @_jit
@@ -197,27 +227,45 @@ def _blur(view: np.ndarray, sigma: float) -> None:
     """Separable Gaussian cut off at 3 sigma, edges mirrored without repeating the border (cv2's default), in place."""
     h, w = view.shape[1], view.shape[2]
     radius = max(1, int(np.ceil(3.0 * sigma)))
-    taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
-    taps = (taps / taps.sum()).astype(np.float32)
-    above = np.empty((h, w), np.float32)
-    line = np.empty(w + 2 * radius, np.float32)
+    taps = np.exp(-0.5 * (np.arange(radius + 1) / sigma) ** 2)
+    taps /= 2.0 * taps.sum() - taps[0]
+    weights = np.zeros(radius + 3, np.float32)  # those that fill up the last three are zero
+    weights[: radius + 1] = taps
+    # Planes with their mirrored borders, as long lines: every step is one loop over all of one.
+    width = w + 2 * radius
+    padded = np.empty((h + 2 * radius) * width, np.float32)
+    columns, rows = np.empty(h * width, np.float32), np.empty(h * width - 2 * radius, np.float32)
     for c in range(3):
+        for y in range(h + 2 * radius):
+            line, source = padded[y * width : (y + 1) * width], view[c, _mirror(y - radius, h)]
+            for x in range(w):
+                line[radius + x] = source[x]
+            for x in range(radius):
+                line[x] = source[_mirror(x - radius, w)]
+                line[radius + w + x] = source[_mirror(w + x, w)]
+        _convolve(padded, weights, radius, width, columns)
+        _convolve(columns, weights, radius, 1, rows)
         for y in range(h):
-            above[y] = 0.0
-            for k in range(2 * radius + 1):
-                weight = taps[k]
-                taken = view[c, _mirror(y + k - radius, h)]
-                for x in range(w):
-                    above[y, x] += weight * taken[x]
-        for y in range(h):
-            for x in range(w + 2 * radius):
-                line[x] = above[y, _mirror(x - radius, w)]
-            target = view[c, y]
-            target[:] = 0.0
-            for k in range(2 * radius + 1):
-                weight = taps[k]
-                for x in range(w):
-                    target[x] += weight * line[x + k]
+            target, source = view[c, y], rows[y * width : y * width + w]
+            for x in range(w):
+                target[x] = source[x]
+
+
+@_jit
+def _convolve(source: np.ndarray, weights: np.ndarray, radius: int, step: int, out: np.ndarray) -> None:
+    """``out[x] = sum_k weights[|k|] source[x + (radius + k) step]``, three pairs at a time: sums stay in registers."""
+    size = out.size
+    middle = source[radius * step : radius * step + size]
+    for x in range(size):
+        out[x] = weights[0] * middle[x]
+    for k in range(1, radius + 1, 3):
+        near, far = min(k + 1, radius), min(k + 2, radius)
+        u, v, w = weights[k], weights[k + 1], weights[k + 2]
+        a, b = source[(radius - k) * step :], source[(radius + k) * step :]
+        c, d = source[(radius - near) * step :], source[(radius + near) * step :]
+        e, f = source[(radius - far) * step :], source[(radius + far) * step :]
+        for x in range(size):
+            out[x] += u * (a[x] + b[x]) + v * (c[x] + d[x]) + w * (e[x] + f[x])
 
 
 @_jit
@@ -243,12 +291,9 @@ def _erase(view: np.ndarray, box: Four) -> None:
 
 
 @_jit
-def _render(
-    source: np.ndarray,
-    window: Four,
-    bounded: bool,
-    warp: Four,
-    flip: bool,
+def _finish(
+    view: np.ndarray,
+    recolour: bool,
     matrix: np.ndarray,
     pivot: np.ndarray,
     shift: np.ndarray,
@@ -257,17 +302,8 @@ def _render(
     solarize: int,
     out: np.ndarray,
 ) -> None:
-    view = np.empty(out.shape, np.float32)
-    top, left, height, width = window
-    if top < 0.0 or left < 0.0 or height <= 0.0 or width <= 0.0:
-        raise ValueError("window: expected an area that begins inside the picture")
-    if top + height > source.shape[0] + 1e-6 or left + width > source.shape[1] + 1e-6:
-        raise ValueError("window: expected one that ends inside the picture")
-    if warp == (1.0, 0.0, 0.0, 1.0):
-        _resize(source, window, bounded, flip, view)
-    else:
-        _warp(source, window, warp, flip, view)
-    if np.any(matrix != np.eye(3)) or np.any(shift != 0.0):
+    """What comes after the resize, and the rounding."""
+    if recolour:
         _recolour(view, matrix, pivot, shift)
     if sigma > 0.0:
         _blur(view, sigma)
@@ -332,9 +368,23 @@ def render_view(source: np.ndarray, params: ViewParams, out: np.ndarray) -> None
     Releases the GIL while it works, takes no threads of its own, and gives the same bytes whatever runs beside it.
     Raises ValueError if the window does not lie inside the source.
     """
-    p = params
-    colour = (p.matrix, p.pivot, p.shift)
-    _render(source, p.window, p.bounded, p.warp, p.flip, *colour, p.blur_sigma, p.erase, p.solarize, out)
+    p, (height, width) = params, source.shape[:2]
+    top, left, rows, columns = p.window
+    inside = top >= 0 and left >= 0 and rows > 0 and columns > 0
+    require(inside, "window", p.window, "an area that begins inside the picture")
+    inside = top + rows <= height + 1e-6 and left + columns <= width + 1e-6
+    require(inside, "window", p.window, f"one that ends inside the picture of {height} x {width}")
+    recolour = bool((p.matrix != _SAME).any() or p.shift.any())
+    warped = p.warp != (1.0, 0.0, 0.0, 1.0)
+    if not (warped or recolour or p.blur_sigma > 0 or p.erase[2] > 0 or p.solarize <= 255):
+        _resize(source, p.window, p.bounded, p.flip, out)
+        return
+    view = np.empty(out.shape, np.float32)
+    if warped:
+        _warp(source, p.window, p.warp, p.flip, view)
+    else:
+        _resize(source, p.window, p.bounded, p.flip, view)
+    _finish(view, recolour, p.matrix, p.pivot, p.shift, p.blur_sigma, p.erase, p.solarize, out)
 
 
 def over_white(pixels_bgra: np.ndarray) -> np.ndarray:
