@@ -5,7 +5,9 @@ Shapes: B captions, T tokens of all of them together, W width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +23,17 @@ from rocket_fast.models.attention import (
     run_block,
 )
 
+Activation = Literal["gelu", "quick_gelu"]
+
+
+def require_activation(argument: str, name: str) -> None:
+    """Refuse a name that ``ACTIVATIONS`` does not have."""
+    require(name in get_args(Activation), argument, name, f"one of {get_args(Activation)}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """A causal pre-norm transformer with QuickGELU; its MLPs are 4 times as wide."""
+    """A causal pre-norm transformer; its MLPs are 4 times as wide."""
 
     vocab_size: int = 49408
     """Number of token ids; CLIP's byte-pair vocabulary has 49408."""
@@ -36,6 +45,8 @@ class TextConfig:
     """Transformer blocks."""
     heads: int = 8
     """Attention heads of each block."""
+    activation: Activation = "quick_gelu"
+    """What stands between the two layers of each MLP; CLIP's own models have QuickGELU, most of open_clip's GELU."""
     dropout: float = 0.0
     """Dropout on each block's input, in training, on strong views only."""
     checkpointing: Checkpointing = "none"
@@ -48,6 +59,7 @@ class TextConfig:
         require(self.heads >= 1, "text.heads", self.heads, "a number >= 1")
         fits = self.width >= 1 and self.width % self.heads == 0
         require(fits, "text.width", self.width, f"a positive multiple of heads = {self.heads}")
+        require_activation("text.activation", self.activation)
         require(0 <= self.dropout < 1, "text.dropout", self.dropout, "a number in [0, 1)")
         require_checkpointing("text.checkpointing", self.checkpointing)
 
@@ -65,9 +77,10 @@ class TextTower(nn.Module):
         self.config, self.width = config, config.width
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, config.width))
+        activation = ACTIVATIONS[config.activation]
         blocks = [
             TransformerBlock(
-                config.width, config.heads, 4 * config.width, norm_eps=1e-5, activation=quick_gelu, causal=True
+                config.width, config.heads, 4 * config.width, norm_eps=1e-5, activation=activation, causal=True
             )
             for _ in range(config.layers)
         ]
@@ -121,3 +134,6 @@ def quick_gelu(x: Tensor) -> Tensor:
     As SiLU of another scale: one fused derivative, and one array less is kept for it.
     """
     return F.silu(1.702 * x) / 1.702
+
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}

@@ -7,6 +7,7 @@ Shapes: B pictures, C channels, H x W pixels or positions, L tokens, D tower wid
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from rocket_fast.errors import InvalidArgument, optional_import, require
 from rocket_fast.models.attention import Checkpointing, TransformerBlock, require_checkpointing, run_block
+from rocket_fast.models.text import ACTIVATIONS, Activation, require_activation
 
 
 def _require_heads(width: int, heads: int) -> None:
@@ -26,7 +28,11 @@ def _require_heads(width: int, heads: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig:
-    """A vision transformer with class token, GELU and pre-norm (Dosovitskiy et al. 2021); the default is ViT-B/16."""
+    """A vision transformer with class token and pre-norm (Dosovitskiy et al. 2021); the default is ViT-B/16.
+
+    Published weights need the options from ``activation`` to ``norm_eps``: OpenAI's have QuickGELU, a norm before the
+    blocks, no bias in the patch layer, and eps 1e-5.
+    """
 
     image_size: int = 224
     """Side of the square pictures, in pixels."""
@@ -38,6 +44,14 @@ class ViTConfig:
     """Transformer blocks."""
     heads: int = 12
     """Attention heads of each block."""
+    activation: Activation = "gelu"
+    """What stands between the two layers of each MLP."""
+    norm_pre: bool = False
+    """A layer norm between the positions and the first block."""
+    patch_bias: bool = True
+    """A bias in the layer that makes tokens of patches."""
+    norm_eps: float = 1e-6
+    """What the layer norms add to the variance."""
     mlp_ratio: float = 4.0
     """Width of a block's hidden layer as a multiple of the width."""
     checkpointing: Checkpointing = "none"
@@ -53,6 +67,8 @@ class ViTConfig:
         require(fits, "vision.image_size", self.image_size, f"a positive multiple of patch_size = {self.patch_size}")
         require(self.layers >= 1, "vision.layers", self.layers, "a number >= 1")
         _require_heads(self.width, self.heads)
+        require_activation("vision.activation", self.activation)
+        require(self.norm_eps > 0, "vision.norm_eps", self.norm_eps, "a positive number")
         require(self.mlp_ratio > 0, "vision.mlp_ratio", self.mlp_ratio, "a positive number")
         require(0 < self.patch_keep <= 1, "vision.patch_keep", self.patch_keep, "a number in (0, 1]")
         require_checkpointing("vision.checkpointing", self.checkpointing)
@@ -145,11 +161,15 @@ class ViT(VisionTower):
         super().__init__()
         self.config, self.width = config, config.width
         patches = (config.image_size // config.patch_size) ** 2
-        self.patch_embed = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
+        size, activation = config.patch_size, ACTIVATIONS[config.activation]
+        self.patch_embed = nn.Conv2d(3, config.width, size, stride=size, bias=config.patch_bias)
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.width))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + patches, config.width))
-        self.blocks = _transformer(config.width, config.layers, config.heads, config.mlp_ratio)
-        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        self.norm_pre = nn.LayerNorm(config.width, eps=config.norm_eps) if config.norm_pre else nn.Identity()
+        self.blocks = _transformer(
+            config.width, config.layers, config.heads, config.mlp_ratio, norm_eps=config.norm_eps, activation=activation
+        )
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         nn.init.normal_(self.cls_token, std=1e-6)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
@@ -161,7 +181,7 @@ class ViT(VisionTower):
         class_position, position_1LD = self.pos_embed[:, :1], self._positions(*image_BCHW.shape[2:])
         patch_BLD = self._drop_patches(patch_BLD + position_1LD)
         class_BLD = (self.cls_token + class_position).expand(patch_BLD.shape[0], -1, -1)
-        x_BLD = torch.cat([class_BLD, patch_BLD], dim=1)
+        x_BLD = self.norm_pre(torch.cat([class_BLD, patch_BLD], dim=1))
         for block in self.blocks:
             x_BLD = run_block(block, x_BLD, checkpointing=self.config.checkpointing)
         return self.norm(x_BLD[:, 0])
@@ -272,9 +292,18 @@ def _conv(channels_in: int, channels: int, *, stride: int = 1) -> nn.Conv2d:
     return conv
 
 
-def _transformer(width: int, layers: int, heads: int, mlp_ratio: float) -> nn.ModuleList:
+def _transformer(
+    width: int,
+    layers: int,
+    heads: int,
+    mlp_ratio: float,
+    *,
+    norm_eps: float = 1e-6,
+    activation: Callable[[Tensor], Tensor] = F.gelu,
+) -> nn.ModuleList:
+    mlp_width = round(width * mlp_ratio)
     blocks = nn.ModuleList(
-        TransformerBlock(width, heads, int(width * mlp_ratio), norm_eps=1e-6, activation=F.gelu, causal=False)
+        TransformerBlock(width, heads, mlp_width, norm_eps=norm_eps, activation=activation, causal=False)
         for _ in range(layers)
     )
     for module in blocks.modules():

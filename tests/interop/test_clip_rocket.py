@@ -1,5 +1,7 @@
 """The names of the published models, and the numbers of the original implementation (tiny models, training mode)."""
 
+import argparse
+import enum
 import json
 import re
 from pathlib import Path
@@ -10,7 +12,8 @@ import torch
 from torch import Tensor
 
 from rocket_fast.batch import Embeddings, PackedText
-from rocket_fast.interop.clip_rocket import config_from_shapes, from_clip_rocket, to_clip_rocket
+from rocket_fast.interop.clip_rocket import config_from_shapes, from_clip_rocket, read_clip_rocket, to_clip_rocket
+from rocket_fast.interop.weights import read_weights
 from rocket_fast.models import vision
 from rocket_fast.models.clip import CLIPConfig, DualEncoder
 from rocket_fast.models.heads import (
@@ -184,3 +187,56 @@ def test_widths_without_published_heads_need_a_number():
     shapes = {name: tensor.shape for name, tensor in reference_state("clip").items()}
     with pytest.raises(ValueError, match="vision_heads: got None, expected the number of heads of a ViT 32 wide"):
         config_from_shapes(shapes, text_heads=4)
+
+
+def test_checkpoints_are_read_with_their_arguments(tmp_path: Path):
+    state = reference_state("cl2l")
+    arguments = argparse.Namespace(model="CL2L_VITB16", lr=3e-3, betas=(0.9, 0.98), resume=None, best=np.float64(42.5))
+    path = tmp_path / "checkpoint.pt"
+    wrapped = {f"module.{name}": tensor for name, tensor in state.items()}
+    torch.save({"epoch": 25, "state_dict": wrapped, "best_acc1": np.float64(42.5), "args": arguments}, path)
+    file = read_weights(path)
+    assert file.arguments == vars(arguments)
+    shapes = {name: tensor.shape for name, tensor in file.state.items()}
+    config = config_from_shapes(shapes, vision_heads=4, text_heads=4)
+    with pytest.raises(ValueError, match="vision_heads: got None, expected the number of heads of a ViT 32 wide"):
+        read_clip_rocket(path)
+    found = read_clip_rocket(path, vision_heads=4, text_heads=4)
+    assert (found.config, found.arguments) == (config, vars(arguments))
+    model, again = reference_model("cl2l").eval(), found.build()
+    image = torch.from_numpy(ARRAYS["cl2l/in/image/0"])
+    for own, expected in zip(again.encode_image(image), model.encode_image(image), strict=True):
+        assert torch.equal(own, expected)
+
+
+class Weekday(enum.Enum):
+    MONDAY = 1
+
+
+@pytest.mark.parametrize("value", [Path("x"), Weekday.MONDAY, print], ids=["path", "enum", "function"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_anything_but_plain_arguments_is_refused_by_name(value: object, zipped: bool, tmp_path: Path):
+    path = tmp_path / "checkpoint.pt"
+    content = {"state_dict": {"a": torch.zeros(1)}, "args": argparse.Namespace(out=value)}
+    try:
+        torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    except Exception:
+        pytest.skip("cannot be pickled from here")
+    names = {"Path": r"pathlib\S+", "Weekday": r"\S*Weekday", "builtin_function_or_method": "print"}
+    name = next(pattern for kind, pattern in names.items() if kind in [c.__name__ for c in type(value).__mro__])
+    with pytest.raises(ValueError, match=f"got {name} in the pickle, expected tensors and plain values only"):
+        read_clip_rocket(path)
+
+
+def test_other_files_are_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"nowhere\.pt', expected an existing file"):
+        read_clip_rocket(tmp_path / "nowhere.pt")
+    (tmp_path / "damaged.pt").write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(ValueError, match=r"damaged\.pt: cannot be read \("):
+        read_clip_rocket(tmp_path / "damaged.pt")
+    torch.save({"state_dict": {"epoch": 3}}, tmp_path / "numbers.pt")
+    with pytest.raises(ValueError, match="expected a state dict: tensors by name"):
+        read_clip_rocket(tmp_path / "numbers.pt")
+    torch.save({"state_dict": {"fc.weight": torch.zeros(2)}}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="got 'no image_projector', expected a checkpoint of clip-rocket"):
+        read_clip_rocket(tmp_path / "other.pt")

@@ -191,3 +191,14 @@ def test_quick_gelu():
 def test_bad_fields_are_named(field, value):
     with pytest.raises(ValueError, match=rf"text\.{field}: got {value}"):
         dataclasses.replace(CONFIG, **{field: value})
+
+
+def test_the_activation_is_chosen():
+    text = PackedText.from_ids([[1, 2, 3]])
+    features = {}
+    for name in ("gelu", "quick_gelu"):
+        torch.manual_seed(0)
+        features[name] = TextTower(TextConfig(vocab_size=9, width=8, layers=1, heads=2, activation=name))(text)
+    assert not torch.equal(features["gelu"], features["quick_gelu"])
+    with pytest.raises(ValueError, match=r"text\.activation: got 'relu', expected one of"):
+        TextConfig(activation="relu")

@@ -196,3 +196,22 @@ def test_missing_timm_names_the_extra(monkeypatch):
 def test_bad_fields_are_named(config, field, value):
     with pytest.raises(ValueError, match=rf"vision\.{field}: got "):
         dataclasses.replace(config, **{field: value})
+
+
+def test_options_of_published_vits():
+    config = dataclasses.replace(VIT, activation="quick_gelu", norm_pre=True, patch_bias=False, norm_eps=1e-5)
+    tower, image = build_vision(config), pictures(24)
+    assert set(build_vision(VIT).state_dict()) ^ set(tower.state_dict()) == {
+        "norm_pre.weight",
+        "norm_pre.bias",
+        "patch_embed.bias",
+    }
+    assert tower(image).isfinite().all()
+    assert {module.eps for module in tower.modules() if isinstance(module, torch.nn.LayerNorm)} == {1e-5}
+    with torch.no_grad():
+        tower.norm_pre.weight.zero_()
+        tower.norm_pre.bias.zero_()
+    torch.testing.assert_close(tower(image)[0], tower(image)[1])  # what comes before the norm has no say any more
+    for wrong, message in (({"activation": "relu"}, "vision.activation: got 'relu'"), ({"norm_eps": 0.0}, "norm_eps")):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(VIT, **wrong)
