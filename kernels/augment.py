@@ -256,16 +256,18 @@ def _convolve(source: np.ndarray, weights: np.ndarray, radius: int, step: int, o
     """``out[x] = sum_k weights[|k|] source[x + (radius + k) step]``, three pairs at a time: sums stay in registers."""
     size = out.size
     middle = source[radius * step : radius * step + size]
-    for x in range(size):
-        out[x] = weights[0] * middle[x]
     for k in range(1, radius + 1, 3):
         near, far = min(k + 1, radius), min(k + 2, radius)
         u, v, w = weights[k], weights[k + 1], weights[k + 2]
         a, b = source[(radius - k) * step :], source[(radius + k) * step :]
         c, d = source[(radius - near) * step :], source[(radius + near) * step :]
         e, f = source[(radius - far) * step :], source[(radius + far) * step :]
-        for x in range(size):
-            out[x] += u * (a[x] + b[x]) + v * (c[x] + d[x]) + w * (e[x] + f[x])
+        if k == 1:
+            for x in range(size):
+                out[x] = weights[0] * middle[x] + u * (a[x] + b[x]) + v * (c[x] + d[x]) + w * (e[x] + f[x])
+        else:
+            for x in range(size):
+                out[x] += u * (a[x] + b[x]) + v * (c[x] + d[x]) + w * (e[x] + f[x])
 
 
 @_jit

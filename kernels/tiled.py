@@ -566,8 +566,9 @@ class _WholePair:
             # the rows' softmaxes and a number for each row.
             relative_N = (row_top_N - largest).exp_().div_(row_share_N)
             total_M = torch.mv(softmax_NM.T, relative_N)
-            factor_NM = torch.mul(relative_N[:, None], weight_M / total_M, out=logits_NM).add_(weight_N)
-            softmax_NM.mul_(factor_NM)
+            per_row_N2 = torch.stack([weight_N[:, 0], relative_N], dim=1)
+            per_column_2M = torch.stack([torch.ones_like(total_M), weight_M / total_M])
+            softmax_NM.mul_(torch.mm(per_row_N2, per_column_2M, out=logits_NM))
             column_excess_M = total_M.log_().add_(largest - column_top_M)
         else:
             total_M = _exp_(logits_NM.sub_(column_top_M)).sum(0)

@@ -36,7 +36,7 @@ OPTIONAL = {
     "slurm": ("submitit",),
     "track": ("wandb", "tensorboard"),
     "report": ("matplotlib", "jinja2"),
-    "bench": ("pytest_benchmark",),
+    "bench": ("pytest_benchmark", "webdataset"),
 }
 """Extra -> the modules it brings."""
 

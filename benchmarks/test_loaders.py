@@ -1,0 +1,129 @@
+"""Images a second from a tar to batches, against the ways that open_clip and the original take, and decoding alone.
+
+One thread each, in one process, in turns; ours with two threads as well. Photographs (benchmarks/photos.py) of 500 x
+375 and 2048 x 1536 pixels to views of 224. ``open_clip``: webdataset, Pillow, torchvision's RandomResizedCrop(.9, 1),
+bicubic, normalised floats. ``original``: Pillow and torchvision, the recipe's one weak and two strong views, captions
+left alone. ``floor``: libjpeg-turbo decoding alone. Ours gives uint8 views and packed token ids of augmented captions;
+normalising them belongs to the device. Without timing (``--benchmark-disable``) there are four generated pictures.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import random
+import statistics
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import photos
+import pytest
+import simplejpeg
+import torch
+from PIL import Image, ImageFilter
+
+from rocket_fast.image_augment import ImageAugmentConfig, plain_augment, recipe_augment
+from rocket_fast.loaders.base import DataConfig
+from rocket_fast.loaders.cpu import CPULoader
+from rocket_fast.text_augment import TextAugmentConfig
+from rocket_fast.tokenizer import Tokenizer
+
+Epoch = Callable[[], int]
+
+
+class Ours:
+    """An epoch of the CPU loader."""
+
+    def __init__(self, path: Path, image: ImageAugmentConfig, workers: int, count: int) -> None:
+        data = DataConfig(train=(str(path),), batch_size=min(100, count), workers=workers)
+        text = TextAugmentConfig() if image.strong else None
+        self.loader, self.epoch = CPULoader(data, image, text, Tokenizer(), seed=0), 0
+
+    def __call__(self) -> int:
+        self.epoch += 1
+        self.loader.set_epoch(self.epoch)
+        return sum(len(batch) for batch in self.loader)
+
+
+def jpegs(path: Path) -> list[bytes]:
+    with tarfile.open(path) as tar:
+        return [tar.extractfile(member).read() for member in tar if member.name.endswith("jpg")]  # type: ignore[union-attr]
+
+
+def floor(pictures: list[bytes]) -> int:
+    for picture in pictures:
+        simplejpeg.decode_jpeg(picture, "RGB")
+    return len(pictures)
+
+
+@functools.cache
+def transforms() -> dict[str, Any]:
+    """torchvision's: open_clip's training transform, and the recipe's weak and strong views."""
+    tv = pytest.importorskip("torchvision.transforms", reason="timm brings torchvision")
+    finish = [tv.ToTensor(), tv.Normalize((0.5,) * 3, (0.25,) * 3)]
+
+    def crop(*scale: float) -> Any:
+        return tv.RandomResizedCrop(224, scale=scale, interpolation=tv.InterpolationMode.BICUBIC)
+
+    jitter = tv.RandomApply([tv.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
+    blur = tv.RandomApply([lambda x: x.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))], p=0.5)
+    strong = [crop(0.08, 1.0), jitter, tv.RandomGrayscale(p=0.2), blur, tv.RandomHorizontalFlip()]
+    return {
+        "open_clip": tv.Compose([crop(0.9, 1.0), *finish]),
+        "weak": tv.Compose([crop(0.5, 1.0), *finish]),
+        "strong": tv.Compose([*strong, *finish]),
+    }
+
+
+def open_clip(path: Path) -> int:
+    wds = pytest.importorskip("webdataset", reason="the bench extra brings webdataset")
+    made = (transforms()["open_clip"], str)
+    data = wds.WebDataset(str(path), shardshuffle=False).decode("pilrgb").to_tuple("jpg", "txt").map_tuple(*made)
+    return sum(len(images) for images, _ in data.batched(100))
+
+
+def original(pictures: list[bytes]) -> int:
+    weak, strong = transforms()["weak"], transforms()["strong"]
+    for picture in pictures:
+        image = Image.open(io.BytesIO(picture)).convert("RGB")
+        weak(image), strong(image), strong(image)
+    return len(pictures)
+
+
+@pytest.mark.parametrize("kind", photos.SIZES)
+@pytest.mark.parametrize("views", [1, 3])
+def test_images_per_second(kind: str, views: int, benchmark: Any, tmp_path: Path) -> None:
+    small = benchmark.disabled
+    path, what = photos.shard(kind, count=4, folder=tmp_path, real=False) if small else photos.shard(kind)
+    pictures = jpegs(path)
+    image = plain_augment(224) if views == 1 else recipe_augment(224)
+    ours, two = (Ours(path, image, workers, len(pictures)) for workers in (1, 2))
+    peers: dict[str, Epoch] = {"floor": lambda: floor(pictures), "ours, 2 threads": two}
+    peers |= {"open_clip": lambda: open_clip(path)} if views == 1 else {"original": lambda: original(pictures[:100])}
+    rates: dict[str, list[float]] = {name: [] for name in (*peers, "ours")}
+
+    def timed(name: str, epoch: Epoch) -> None:
+        start = time.perf_counter()
+        count = epoch()
+        rates[name].append(count / (time.perf_counter() - start))
+
+    def others() -> None:
+        for name, epoch in peers.items():
+            timed(name, epoch)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # torchvision's part of the peers
+    ours()  # compiles what is compiled
+    benchmark.pedantic(lambda: timed("ours", ours), setup=others, rounds=1 if small else 5)
+    torch.set_num_threads(threads)
+    ours.loader.close(), two.loader.close()
+    middle = {name: statistics.median(values) for name, values in rates.items()}
+    ratios = {name: statistics.median(a / b for a, b in zip(rates["ours"], rates[name], strict=True)) for name in peers}
+    verdict = f"{what}, {kind}, {views} views: ours {middle['ours']:.0f}/s; " + ", ".join(
+        f"{name} {middle[name]:.0f} (ours {ratios[name]:.2f} x)" for name in peers
+    )
+    benchmark.extra_info["verdict"] = verdict
+    print("\n" + verdict)
