@@ -13,6 +13,8 @@ from rich.table import Table
 
 from rocket_fast.config import TrainConfig, load_config, to_plain
 from rocket_fast.errors import require
+from rocket_fast.export import ExportFormat, Head
+from rocket_fast.interop.detect import Format
 from rocket_fast.loaders.emoji import EmojiConfig, build_emoji
 from rocket_fast.presets import overview, preset
 
@@ -24,6 +26,8 @@ def dispatch(arguments: list[str]) -> None:
     commands: dict[str, Callable[..., Any]] = {
         "train": _train_command(arguments),
         "eval": evaluate,
+        "export": export,
+        "import": import_model,
         "presets": presets,
         "data": data,
         "doctor": doctor,
@@ -76,6 +80,64 @@ def evaluate(run: tyro.conf.Positional[Path], checkpoint: Checkpoint = "last") -
 
     config = load_config(run)
     Console().print(result_table(evaluate_run(run, checkpoint), config.eval))
+
+
+def export(
+    run: tyro.conf.Positional[Path],
+    format: ExportFormat,
+    out: Path,
+    head: Head | None = None,
+    z_weight: float | None = None,
+    checkpoint: Checkpoint = "last",
+) -> None:
+    """Write a model for other programs: open_clip, transformers (hf), ONNX, torch.export, or safetensors of our own.
+
+    Args:
+        run: A run's folder, such as runs/demo, or a file of `rocket-fast import`.
+        format: open_clip and hf hold one linear head (z) of models that their classes have; the others hold all.
+        out: The folder to write into.
+        head: Which embedding: z, h, or both side by side, whose cosine is the ensemble's score. By default both, which
+            is z in a model without head h.
+        z_weight: Weight of head z in both; by default the run's eval.z_weight.
+        checkpoint: The run's last one, or the one that scored best in training.
+    """
+    from rocket_fast.export import export as write
+    from rocket_fast.export import load_model
+    from rocket_fast.trainer import saved_run
+
+    require(run.exists(), "run", str(run), "a run's folder, or a file of rocket-fast import")
+    saved = (saved_run(run, checkpoint) if run.is_dir() else load_model(run)).using(head, z_weight)
+    for path in write(saved, out, format):
+        Console().print(f"wrote {path}", highlight=False, soft_wrap=True, markup=False)
+
+
+def import_model(
+    checkpoint: tyro.conf.Positional[Path],
+    out: Path,
+    format: Format = "auto",
+    model_name: str | None = None,
+) -> None:
+    """Turn another project's model into safetensors that `rocket-fast export` reads: clip-rocket, SLIP, open_clip, ...
+
+    Args:
+        checkpoint: A file (.pt, .safetensors), or a folder of open_clip or transformers. No code in it is run.
+        out: The .safetensors file to write. Its model takes pictures normalised as ImageNet's, whatever the original
+            took.
+        format: Whose it is; auto tells by the contents.
+        model_name: For a file of open_clip's: the model's name there, such as ViT-B-32-quickgelu.
+    """
+    from rocket_fast.export import SavedModel, image_size_of, save_model
+    from rocket_fast.interop.detect import import_checkpoint
+
+    require(out.suffix == ".safetensors", "out", str(out), "a file name that ends with .safetensors")
+    found = import_checkpoint(checkpoint, format=format, model_name=model_name).for_imagenet()
+    size = image_size_of(found.config)
+    save_model(SavedModel(model=found.build(), image_size=size, arguments=found.arguments), out)
+    count = sum(tensor.numel() for tensor in found.state.values()) / 1e6
+    vision = type(found.config.vision).__name__.removesuffix("Config")
+    made = f"wrote {out}: {vision} for {size} px, {count:.1f} M numbers, embeddings of {found.config.embed_dim}"
+    for line in (*found.notes, made):
+        Console().print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def presets(name: tyro.conf.Positional[str | None] = None) -> None:

@@ -34,6 +34,7 @@ from rocket_fast.device import build_autocast, choose_device, compute_dtype
 from rocket_fast.distributed import is_main, rank, world_size
 from rocket_fast.errors import Failed, InvalidArgument, optional_import, require
 from rocket_fast.evaluation import Checkpoint, Evaluation, Evaluator, headline, output_path, result_table
+from rocket_fast.export import SavedModel
 from rocket_fast.files import remove_leftovers, write_atomically
 from rocket_fast.image_augment import normalize
 from rocket_fast.loaders.base import Loader
@@ -363,11 +364,12 @@ class Trainer:
             self.log.close()
 
 
-def evaluate_run(folder: Path, checkpoint: Checkpoint) -> Evaluation:
-    """Evaluate a run's last or best checkpoint on its configuration's sets; files go into the run's folder."""
+def load_run(folder: Path, checkpoint: Checkpoint, device: torch.device) -> tuple[DualEncoder, int]:
+    """The weights to use of a run's last or best checkpoint, averaged ones where the run keeps an average; their step.
+
+    Raises ``ValueError`` for a folder without such a checkpoint.
+    """
     config = load_config(folder)
-    require(len(config.eval.sets) > 0, "eval.sets", config.eval.sets, "at least one set in the run's configuration")
-    device = choose_device(config.loop.device)
     checkpoints = CheckpointFolder(folder / "checkpoints", keep=config.loop.keep_checkpoints)
     if checkpoint == "best":
         require(checkpoints.best_path.is_file(), "checkpoint", checkpoint, f"last: {folder} holds no best.pt")
@@ -376,17 +378,33 @@ def evaluate_run(folder: Path, checkpoint: Checkpoint) -> Evaluation:
         state = checkpoints.load_latest(map_location=device)
     if state is None:
         raise InvalidArgument(f"run: got {str(folder)!r}, expected a folder with checkpoints")
-    autocast = build_autocast(config.loop.precision, device)
     model = DualEncoder(config.model).to(device)
-    use_attention(model, device, compute_dtype(autocast), requested=config.loop.attention)
     average = _average(model, config.loop.weight_average)
     if average is not None:
         average.load_state_dict(state["average"])
         model = cast(DualEncoder, average.module)
     else:
         model.load_state_dict(state["model"])
+    return model, state["step"]
+
+
+def saved_run(folder: Path, checkpoint: Checkpoint) -> SavedModel:
+    """A run's last or best model as it is exported: on the CPU, with the size and the weight of its evaluation."""
+    config = load_config(folder)
+    model, _ = load_run(folder, checkpoint, torch.device("cpu"))
+    return SavedModel(model=model.eval(), image_size=config.image.weak.size, z_weight=config.eval.z_weight)
+
+
+def evaluate_run(folder: Path, checkpoint: Checkpoint) -> Evaluation:
+    """Evaluate a run's last or best checkpoint on its configuration's sets; files go into the run's folder."""
+    config = load_config(folder)
+    require(len(config.eval.sets) > 0, "eval.sets", config.eval.sets, "at least one set in the run's configuration")
+    device = choose_device(config.loop.device)
+    model, step = load_run(folder, checkpoint, device)
+    autocast = build_autocast(config.loop.precision, device)
+    use_attention(model, device, compute_dtype(autocast), requested=config.loop.attention)
     evaluator = Evaluator(config, Tokenizer(context_length=config.model.text.context_length))
-    return evaluator.evaluate(model, autocast, folder, checkpoint=checkpoint, step=state["step"])
+    return evaluator.evaluate(model, autocast, folder, checkpoint=checkpoint, step=step)
 
 
 def _step_seed(seed: int, step: int, of_rank: int) -> int:

@@ -27,6 +27,7 @@ from rocket_fast.interop.weights import (
     rename,
     require_linear_head,
     reversed_rules,
+    write_json,
     write_safetensors,
 )
 from rocket_fast.models.clip import CLIPConfig, DualEncoder
@@ -172,8 +173,8 @@ def _ours(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # --- export -----------------------------------------------------------------------------------------------------------
 
 
-def write_hf(model: DualEncoder, folder: Path, *, head: str = "z") -> None:
-    """Write a folder for ``from_pretrained`` of the one class that is this model: see the module's description.
+def write_hf(model: DualEncoder, folder: Path, *, head: str = "z") -> list[Path]:
+    """Write the files that ``from_pretrained`` of the class that is this model reads: see the module's description.
 
     Pixels are prepared by ``CLIPImageProcessor`` as the folder says, ids made by CLIP's tokenizer (not written).
     Raises ``ValueError``, with the reason, for an MLP head and for towers that are no ViT.
@@ -200,10 +201,10 @@ def write_hf(model: DualEncoder, folder: Path, *, head: str = "z") -> None:
     if not vision.norm_pre:  # ViTModel's pooler has one more layer, which shall do nothing
         theirs["vision_model.pooler.dense.weight"] = torch.eye(vision.width)
         theirs["vision_model.pooler.dense.bias"] = torch.zeros(vision.width)
-    folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / WEIGHTS_FILES[0], theirs)
-    (folder / "config.json").write_text(json.dumps(document, indent=1) + "\n")
-    (folder / "preprocessor_config.json").write_text(json.dumps(_pixels(vision.image_size), indent=1) + "\n")
+    write_json(folder / "config.json", document)
+    write_json(folder / "preprocessor_config.json", _pixels(vision.image_size))
+    return [folder / name for name in (WEIGHTS_FILES[0], "config.json", "preprocessor_config.json")]
 
 
 def _split(state: Mapping[str, Tensor], joined: str, parts: tuple[str, ...]) -> dict[str, Tensor]:

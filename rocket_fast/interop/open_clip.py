@@ -1,6 +1,7 @@
-"""open_clip's ``ClipLoss`` and ``SigLipLoss`` for its users' trainers: same constructor, call and output, fused inside.
+"""For open_clip's users: its ``ClipLoss`` and ``SigLipLoss``, and models of this project for its evaluation.
 
-Change the import, keep the trainer; open_clip itself is not imported, torch is enough::
+The losses have the same constructor, call and output, and are fused inside. Change the import, keep the trainer;
+open_clip itself is not imported, torch is enough::
 
     from rocket_fast.interop.open_clip import ClipLoss  # was: from open_clip import ClipLoss
 
@@ -16,18 +17,24 @@ What differs, and is meant to:
   whose mean over processes is the same number.
 * The result is float32 (float64 for float64 features) also where features are 16-bit.
 * Horovod is refused.
+
+``load_exported`` gives what open_clip's classes do not hold (head h, both heads, the small towers of the demo) with the
+interface of its models, for ``open_clip.build_zero_shot_classifier`` and the like.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from rocket_fast import distributed
 from rocket_fast.batch import Embeddings
-from rocket_fast.errors import require
+from rocket_fast.errors import optional_import, require
 from rocket_fast.exchange import multiview_terms
+from rocket_fast.export import WEIGHTS_FILE, ExportedModel, Head, load_model
+from rocket_fast.image_augment import IMAGENET_MEAN, IMAGENET_STD
 from rocket_fast.kernels import clip_loss, siglip_loss
 from rocket_fast.kernels.contrastive import as_number, with_bias
 
@@ -146,3 +153,30 @@ class SigLipLoss(nn.Module):
         loss = siglip_loss(image_features, texts, logit_scale, bias, row_offset=ranks.first_row)
         share = ranks.own * self.world_size / ranks.samples  # 1 where all processes hold equally many
         return _output(loss * share, output_dict)
+
+
+class LoadedModel(NamedTuple):
+    """A model with the interface of open_clip's, and open_clip's preparation of pictures and of captions for it."""
+
+    model: ExportedModel
+    preprocess: Any
+    tokenizer: Any
+
+
+def load_exported(path: str | Path, *, head: Head | None = None, z_weight: float | None = None) -> LoadedModel:
+    """A model from safetensors of ``rocket-fast export`` or ``import`` (the file, or the folder that holds it)::
+
+        model, preprocess, tokenizer = load_exported("out/")
+        classifier_DC = open_clip.build_zero_shot_classifier(model, tokenizer, names, templates)
+        scores_BC = model.encode_image(pictures, normalize=True) @ classifier_DC
+
+    ``head``, ``z_weight``: which embedding, see ``rocket_fast.export.ExportedModel``; None takes what the file says.
+    Raises ``ValueError`` for other files; needs open_clip, for the two preparations.
+    """
+    path = Path(path)
+    saved = load_model(path / WEIGHTS_FILE if path.is_dir() else path).using(head, z_weight)
+    model = saved.exported()
+    transform = optional_import("open_clip.transform", "eval")
+    pixels = transform.PreprocessCfg(size=saved.image_size, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    tokenizer = optional_import("open_clip", "eval").SimpleTokenizer(context_length=model.context_length)
+    return LoadedModel(model, transform.image_transform_v2(pixels, is_train=False), tokenizer)

@@ -35,6 +35,7 @@ from rocket_fast.interop.weights import (
     require_linear_head,
     reversed_rules,
     shapes_of,
+    write_json,
     write_safetensors,
 )
 from rocket_fast.models.clip import CLIPConfig, DualEncoder
@@ -42,6 +43,7 @@ from rocket_fast.models.text import Activation, TextConfig
 from rocket_fast.models.vision import TimmConfig, VisionConfig, ViTConfig
 
 CONFIG_FILE = "open_clip_config.json"
+_TIMM_FILE = "timm/config.json"
 WEIGHTS_FILES = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
@@ -282,8 +284,8 @@ def _timm_vision(settings: Mapping[str, Any], folder: Path | None) -> tuple[Visi
 
 
 def _timm_vit(name: str, folder: Path | None) -> ViTConfig:
-    if folder is not None and (folder / "timm" / "config.json").is_file():
-        name = f"local-dir:{folder / 'timm'}"  # the folder may have moved since it was written
+    if name.startswith("local-dir:") and folder is not None and (folder / _TIMM_FILE).is_file():
+        name = f"local-dir:{(folder / _TIMM_FILE).parent}"  # the folder may have moved since it was written
     timm = optional_import("timm", "train")
     with torch.device("meta"):
         trunk = timm.create_model(name, pretrained=False, num_classes=0)
@@ -311,13 +313,13 @@ def _timm_vit(name: str, folder: Path | None) -> ViTConfig:
 # --- export -----------------------------------------------------------------------------------------------------------
 
 
-def write_open_clip(model: DualEncoder, folder: Path, *, head: str = "z", image_size: int = 224) -> None:
-    """Write a folder for ``open_clip.create_model_and_transforms(f"local-dir:{folder}")``.
+def write_open_clip(model: DualEncoder, folder: Path, *, head: str = "z", image_size: int = 224) -> list[Path]:
+    """Write the files that ``open_clip.create_model_and_transforms(f"local-dir:{folder}")`` loads.
 
-    It holds the model through head z. Vision transformers become open_clip's own where both towers have one activation,
-    else timm's; a ViT that timm has no name for is described in ``timm/config.json``, whose absolute path the
-    configuration holds (timm >= 1.0.16): write it again, or change the path, after moving the folder. ``image_size`` is
-    read for convolutional networks only, which do not fix it.
+    They hold the model through head z. Vision transformers become open_clip's own where both towers have one
+    activation, else timm's; a ViT that timm has no name for is described in ``timm/config.json``, whose absolute path
+    the configuration holds (a recent timm reads it): write it again, or change the path, after moving the folder.
+    ``image_size`` is read for convolutional networks only, which do not fix it.
 
     Raises ``ValueError``, with the reason, for what open_clip's classes do not hold: an MLP head, a ``ConvStemViT``.
     """
@@ -355,9 +357,10 @@ def write_open_clip(model: DualEncoder, folder: Path, *, head: str = "z", image_
             "resize_mode": "shortest",
         },
     }
-    folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / WEIGHTS_FILES[0], theirs)
-    (folder / CONFIG_FILE).write_text(json.dumps(document, indent=1) + "\n")
+    write_json(folder / CONFIG_FILE, document)
+    own_timm = settings.get("timm_model_name", "").startswith("local-dir:")
+    return [folder / name for name in (WEIGHTS_FILES[0], CONFIG_FILE, *([_TIMM_FILE] if own_timm else []))]
 
 
 def _vision_settings(config: CLIPConfig, folder: Path, image_size: int) -> tuple[dict[str, Any], Rules]:
@@ -411,8 +414,7 @@ def _timm_settings(vision: ViTConfig, folder: Path) -> dict[str, Any]:
             "pretrained_cfg": {"num_classes": 0},
             "model_args": arguments,
         }
-        (folder / "timm").mkdir(parents=True, exist_ok=True)
-        (folder / "timm" / "config.json").write_text(json.dumps(document, indent=1) + "\n")
-        name = f"local-dir:{(folder / 'timm').resolve()}"
+        write_json(folder / _TIMM_FILE, document)
+        name = f"local-dir:{(folder / _TIMM_FILE).parent.resolve()}"
     pooled = {"timm_pool": "token", "timm_proj": "linear", "image_size": vision.image_size}
     return {"timm_model_name": name, "timm_model_pretrained": False, **pooled}

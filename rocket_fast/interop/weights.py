@@ -7,6 +7,7 @@ name counts.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import pickle
 import re
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from rocket_fast.errors import InvalidArgument, optional_import, require
+from rocket_fast.files import write_atomically
 from rocket_fast.image_augment import IMAGENET_MEAN, IMAGENET_STD
 from rocket_fast.models.clip import CLIPConfig, DualEncoder
 from rocket_fast.models.heads import MLPHeadConfig
@@ -289,6 +291,10 @@ def positions_with_bias(state: Mapping[str, Tensor]) -> Tensor:
 def write_safetensors(path: Path, state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write float tensors, each with memory of its own."""
     save = optional_import("safetensors.torch", "train").save_file
-    path.parent.mkdir(parents=True, exist_ok=True)
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    save(own, str(path), {"format": "pt"} | (metadata or {}))
+    write_atomically(path, lambda temporary: save(own, str(temporary), {"format": "pt"} | (metadata or {})))
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a small file for people and programs."""
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
