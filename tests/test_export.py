@@ -196,20 +196,42 @@ def trained(tiny_config: TrainConfig) -> TrainConfig:
     return config
 
 
-def test_open_clip_classifies_with_the_same_accuracy(trained: TrainConfig, tmp_path: Path):
+def test_open_clips_own_classes_classify_with_the_same_accuracy(tiny_config: TrainConfig, tmp_path: Path):
+    """A trained ViT through head z, built by open_clip from the folder alone."""
     open_clip = pytest.importorskip("open_clip", reason="the test extra brings open_clip_torch")
-    run, shards = saved_run(trained.folder, "last"), trained.eval.sets[0].shards
-    export(run, tmp_path / "out", "safetensors")
-    (batch,) = iter_eval(shards, 16, 100)
+    vision = ViTConfig(image_size=16, patch_size=4, width=24, layers=1, heads=2)
+    loop = replace(tiny_config.loop, epochs=10, checkpoint_every=1000, eval_every_epochs=0)
+    config = replace(tiny_config, model=replace(tiny_config.model, vision=vision), loop=loop)
+    train(config)
+    run, out = saved_run(config.folder, "last"), tmp_path / "out"
+    export(run.using("z", None), out, "open_clip")
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{out}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{out}")
+    assert own_accuracy(config, 1.0) == pytest.approx(open_clip_accuracy(config, model.eval(), tokenizer), abs=1e-4)
+
+
+def own_accuracy(config: TrainConfig, z_weight: float) -> float:
+    """Top-1 in percent, as the run wrote it down."""
+    return json.loads((config.folder / "eval.json").read_text())["sets"][0]["accuracy"]["top1"][str(z_weight)]
+
+
+@torch.no_grad()
+def open_clip_accuracy(config: TrainConfig, model: Any, tokenizer: Any) -> float:
+    """Top-1 in percent of the same pictures, by open_clip's zero-shot code."""
+    open_clip = pytest.importorskip("open_clip", reason="the test extra brings open_clip_torch")
+    (batch,) = iter_eval(config.eval.sets[0].shards, 16, 100)
     names = sorted(set(batch.captions))
-    label_N = torch.tensor([names.index(caption) for caption in batch.captions])
-    own = json.loads((trained.folder / "eval.json").read_text())["sets"][0]["accuracy"]["top1"]
+    classifier_DC = open_clip.build_zero_shot_classifier(model, tokenizer, names, ["{}"])
+    best_N = (model.encode_image(normalize(batch.images), normalize=True) @ classifier_DC).argmax(1)
+    assert best_N.unique().numel() > 1
+    return 100 * (best_N == torch.tensor([names.index(caption) for caption in batch.captions])).float().mean().item()
+
+
+def test_open_clip_classifies_with_the_same_accuracy(trained: TrainConfig, tmp_path: Path):
+    export(saved_run(trained.folder, "last"), tmp_path / "out", "safetensors")
     for z_weight in (0.0, 0.3, 0.5, 1.0):
         model, preprocess, tokenizer = load_exported(tmp_path / "out", z_weight=z_weight)
-        classifier_DC = open_clip.build_zero_shot_classifier(model, tokenizer, names, ["{}"])
-        score_NC = model.encode_image(normalize(batch.images), normalize=True) @ classifier_DC
-        assert score_NC.argmax(1).unique().numel() > 1
-        top1 = 100 * (score_NC.argmax(1) == label_N).float().mean().item()
-        assert top1 == pytest.approx(own[str(z_weight)], abs=1e-4)
+        accuracy = open_clip_accuracy(trained, model, tokenizer)
+        assert accuracy == pytest.approx(own_accuracy(trained, z_weight), abs=1e-4)
         assert preprocess.transforms[-1].mean == IMAGENET_MEAN
     assert tokenizer(["red square"]).shape == (1, trained.model.text.context_length)
