@@ -2,7 +2,8 @@
 
 A ViT with a norm before its blocks is ``CLIPModel``'s; one without is ``ViTModel``, beside ``CLIPTextModel`` in a
 ``VisionTextDualEncoderModel``. Both keep q, k and v apart. The files are written under the names that transformers 4
-and 5 read; transformers itself is not needed.
+and 5 read; transformers itself is not needed. (In transformers 4 the latter class's ``get_text_features`` hands
+``CLIPTextModel`` an argument that it does not take; 5 has mended that.)
 """
 
 from __future__ import annotations
@@ -49,17 +50,23 @@ def _clip_blocks(theirs: str, ours: str) -> Rules:
     return tuple((f"{theirs}.encoder.layers.*.{name}.*", f"{ours}.blocks.*.{own}.*") for name, own in names.items())
 
 
-_TEXT: Rules = (
-    ("text_model.embeddings.token_embedding.weight", "text.token_embedding.weight"),
-    ("text_model.embeddings.position_embedding.weight", "text.positional_embedding"),
-    *_clip_blocks("text_model", "text"),
-    ("text_model.final_layer_norm.*", "text.norm.*"),
+def _text_rules(model: str) -> Rules:
+    return (
+        (f"{model}.embeddings.token_embedding.weight", "text.token_embedding.weight"),
+        (f"{model}.embeddings.position_embedding.weight", "text.positional_embedding"),
+        *_clip_blocks(model, "text"),
+        (f"{model}.final_layer_norm.*", "text.norm.*"),
+    )
+
+
+_HEADS: Rules = (
     ("text_projection.weight", "text_z.weight"),
     ("visual_projection.weight", "image_z.weight"),
     ("logit_scale", "logit_scale"),
 )
 _CLIP: Rules = (
-    *_TEXT,
+    *_text_rules("text_model"),
+    *_HEADS,
     ("vision_model.embeddings.class_embedding", "visual.cls_token"),
     ("vision_model.embeddings.patch_embedding.*", "visual.patch_embed.*"),
     ("vision_model.embeddings.position_embedding.weight", "visual.pos_embed"),
@@ -68,7 +75,8 @@ _CLIP: Rules = (
     ("vision_model.post_layernorm.*", "visual.norm.*"),
 )
 _VIT: Rules = (
-    *_TEXT,
+    *_text_rules("text_model.text_model"),  # CLIPTextModel was a shell around another class before transformers 5
+    *_HEADS,
     ("vision_model.embeddings.cls_token", "visual.cls_token"),
     ("vision_model.embeddings.patch_embeddings.projection.*", "visual.patch_embed.*"),
     ("vision_model.embeddings.position_embeddings", "visual.pos_embed"),

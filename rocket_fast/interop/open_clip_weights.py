@@ -318,7 +318,7 @@ def write_open_clip(model: DualEncoder, folder: Path, *, head: str = "z", image_
 
     They hold the model through head z. Vision transformers become open_clip's own where both towers have one
     activation, else timm's; a ViT that timm has no name for is described in ``timm/config.json``, whose absolute path
-    the configuration holds (a recent timm reads it): write it again, or change the path, after moving the folder.
+    the configuration holds (timm 1.0.20 reads it): write it again, or change the path, after moving the folder.
     ``image_size`` is read for convolutional networks only, which do not fix it.
 
     Raises ``ValueError``, with the reason, for what open_clip's classes do not hold: an MLP head, a ``ConvStemViT``.
