@@ -10,7 +10,8 @@
 ``swalip_prototypes_loss``      SwALIP with prototypes
 ==============================  ===========================================================================
 
-The first three are fused: no N x M matrix is made or kept, on the GPU (Triton) or the CPU. ``clip_terms`` and
+The first three are fused: no N x M matrix is made or kept, on the GPU (Triton) or the CPU. BarLIP makes no matrix of
+features by features either. ``clip_terms`` and
 ``multiview_clip_terms`` give their parts (per direction, with accuracies), ``log_sum_exp`` what they are made of;
 ``negative_cosine_loss``, ``barlow_loss`` and ``sinkhorn`` are what the others are made of.
 
@@ -20,6 +21,7 @@ Nothing is gathered over ranks: a function sees the batch it is given. Bad argum
 argument, the value got and the value expected.
 """
 
+from rocket_fast.kernels.barlow import barlip_loss, barlow_loss
 from rocket_fast.kernels.contrastive import (
     clip_loss,
     clip_terms,
@@ -31,8 +33,6 @@ from rocket_fast.kernels.reference import (
     ClipTerms,
     MultiviewClipTerms,
     Reduction,
-    barlip_loss,
-    barlow_loss,
     negative_cosine_loss,
     siamlip_loss,
     sinkhorn,

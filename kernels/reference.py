@@ -249,7 +249,7 @@ def _mean(terms: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(terms)).mean()
 
 
-def _mean_over_pairs(
+def mean_over_pairs(
     loss: Callable[[Tensor, Tensor], Tensor], first: Sequence[Tensor], second: Sequence[Tensor]
 ) -> Tensor:
     """Mean of ``loss`` over the weak pair (first views) and all K x K strong pairs, 1 + K * K equal terms."""
@@ -300,15 +300,15 @@ def siamlip_loss(
 
     Source: Fini et al. 2023 (SiamLIP, BYOLIP).
     """
-    _require_weak("image_p", image_p)
+    require_weak("image_p", image_p)
     for name, views in (("text_p", text_p), ("image_v", image_v), ("text_v", text_v)):
         require_views("image_p", image_p, name, views)
-    from_image = _mean_over_pairs(negative_cosine_loss, image_p, text_v)
-    from_text = _mean_over_pairs(negative_cosine_loss, text_p, image_v)
+    from_image = mean_over_pairs(negative_cosine_loss, image_p, text_v)
+    from_text = mean_over_pairs(negative_cosine_loss, text_p, image_v)
     return (from_image + from_text) / 2
 
 
-def _require_weak(name: str, views: Sequence[Tensor]) -> None:
+def require_weak(name: str, views: Sequence[Tensor]) -> None:
     require(len(views) >= 1, f"len({name})", len(views), "at least 1: the weak view, then any strong ones")
 
 
@@ -331,7 +331,7 @@ def barlow_loss(image_NP: Tensor, text_NP: Tensor, *, lambda_: float = 5e-3, sca
     Raises:
         ValueError: shapes, dtypes or devices that differ, no samples, ``lambda_`` or ``scale`` out of range.
 
-    Source: Barlow Twins (Zbontar et al. 2021, eq. 1); Fini et al. 2023 (BarLIP).
+    Twin of ``rocket_fast.kernels.barlow_loss``.
     """
     require_pair("image_NP", image_NP, "text_NP", text_NP)
     require(lambda_ >= 0, "lambda_", lambda_, "a number >= 0")
@@ -341,29 +341,6 @@ def barlow_loss(image_NP: Tensor, text_NP: Tensor, *, lambda_: float = 5e-3, sca
     on_diagonal = (1 - diagonal_P).square().sum()
     off_diagonal = (correlation_PP - torch.diag(diagonal_P)).square().sum()
     return scale * (on_diagonal + lambda_ * off_diagonal)
-
-
-def barlip_loss(
-    image_v: Sequence[Tensor], text_v: Sequence[Tensor], *, lambda_: float = 5e-3, scale: float = 0.025
-) -> Tensor:
-    """BarLIP: the mean of ``barlow_loss`` over the weak pair and the K x K strong pairs.
-
-    Args:
-        image_v, text_v: projections, as in ``barlow_loss``, 1 + K tensors (N, P) each, the weak view first.
-        lambda_, scale: as in ``barlow_loss``.
-
-    Returns:
-        0-dimensional, float32 (float64 for float64 inputs).
-
-    Raises:
-        ValueError: shapes, dtypes or devices that differ, unequal numbers of views, no views or no samples,
-            ``lambda_`` or ``scale`` out of range.
-
-    Source: Fini et al. 2023 (BarLIP).
-    """
-    _require_weak("image_v", image_v)
-    require_views("image_v", image_v, "text_v", text_v)
-    return _mean_over_pairs(lambda one, other: barlow_loss(one, other, lambda_=lambda_, scale=scale), image_v, text_v)
 
 
 # --- balanced soft labels: SwALIP -------------------------------------------------------------------------------------
@@ -481,7 +458,7 @@ def swalip_prototypes_loss(
 
     Source: SwAV (Caron et al. 2020, eq. 1-2) between modalities; Fini et al. 2023 (SwALIP).
     """
-    _require_weak("image_p", image_p)
+    require_weak("image_p", image_p)
     require_views("image_p", image_p, "text_p", text_p)
     require_scalar("logit_scale", logit_scale)
 
@@ -490,6 +467,6 @@ def swalip_prototypes_loss(
 
     image_labels = [sinkhorn(scores_NP, epsilon=epsilon, iterations=iterations) for scores_NP in image_p]
     text_labels = [sinkhorn(scores_NP, epsilon=epsilon, iterations=iterations) for scores_NP in text_p]
-    from_image = _mean_over_pairs(cross_entropy, image_p, text_labels)
-    from_text = _mean_over_pairs(cross_entropy, text_p, image_labels)
+    from_image = mean_over_pairs(cross_entropy, image_p, text_labels)
+    from_text = mean_over_pairs(cross_entropy, text_p, image_labels)
     return (from_image + from_text) / 2

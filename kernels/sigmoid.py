@@ -69,12 +69,12 @@ def _(
 
 
 @torch.library.custom_op("rocket_fast::scaled_gradient", mutates_args=())
-def _scaled_gradient(gradient: Tensor, factor: Tensor, like: Tensor) -> Tensor:
+def scaled_gradient(gradient: Tensor, factor: Tensor, like: Tensor) -> Tensor:
     """``factor * gradient`` in the dtype of ``like``."""
     return (gradient * factor).to(like.dtype)
 
 
-@_scaled_gradient.register_fake
+@scaled_gradient.register_fake
 def _(gradient: Tensor, factor: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(gradient, dtype=like.dtype)
 
@@ -92,7 +92,7 @@ def _differentiate(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | 
     *inputs, d_numbers_2, d_image, d_text = ctx.saved_tensors  # once: checkpointing recomputes what it unpacks
     gradients = (d_image, d_text, d_numbers_2[0], d_numbers_2[1])
     own = (
-        _scaled_gradient(gradient, d_loss, like) if needed else None
+        scaled_gradient(gradient, d_loss, like) if needed else None
         for needed, gradient, like in zip(ctx.needs_input_grad[:4], gradients, inputs, strict=True)
     )
     return (*own, *(None,) * 4)
@@ -103,7 +103,7 @@ def _keep_nothing(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 _forward_backward.register_autograd(_differentiate, setup_context=_setup_context)
-_scaled_gradient.register_autograd(refuse_second_derivative, setup_context=_keep_nothing)
+scaled_gradient.register_autograd(refuse_second_derivative, setup_context=_keep_nothing)
 
 
 # --- public function --------------------------------------------------------------------------------------------------

@@ -196,7 +196,7 @@ def contrastive_forward_backward(
             continue
         d_row_ND = d_x_ND if b == 0 else torch.empty_like(x_ND)
         pair.differentiate(d_row_ND, d_y_BMD[b], first=a == 0)
-        d_scales.append(_row_products(x_ND, d_row_ND).sum(dtype=torch.float64))
+        d_scales.append(row_products(x_ND, d_row_ND).sum(dtype=torch.float64))
         d_x_ND.mul_(scale) if b == 0 else d_x_ND.add_(d_row_ND, alpha=scale)
     losses_AB2, accuracies_AB2 = _stacked(terms, scale_AB)
     if not need_grad:
@@ -484,7 +484,7 @@ class _Gradients:
         scale = self.scale_AB[a, b]
         d_row_ND = self.d_x_AND[a] if self.alone else torch.empty_like(pair.x_ND)  # to the scaled rows
         pair.differentiate(d_row_ND, None if self.d_y_BMD is None else self.d_y_BMD[b])
-        self.d_scale_AB[a, b] = _row_products(pair.x_ND, d_row_ND).sum(dtype=torch.float64)
+        self.d_scale_AB[a, b] = row_products(pair.x_ND, d_row_ND).sum(dtype=torch.float64)
         if self.alone:
             d_row_ND.mul_(scale)
         else:
@@ -715,7 +715,7 @@ def sigmoid_forward_backward(
     share = 1 / len(x_ND)
     d_scale = torch.zeros_like(scale)
     if need_grad:
-        d_scale = _row_products(x_ND, d_row_ND).sum() * share
+        d_scale = row_products(x_ND, d_row_ND).sum() * share
         d_row_ND = _through_normalization(image_ND, x_ND, d_row_ND.mul_(scale * share), normalize)
         d_y_MD = _through_normalization(text_MD, y_MD, d_y_MD.mul_(share), normalize)
     return (loss * share).to(scale.dtype), d_row_ND, d_y_MD, d_scale, (d_bias * share).to(scale.dtype)
@@ -735,7 +735,7 @@ def _sum(x_NM: Tensor) -> Tensor:
 # --- shared -----------------------------------------------------------------------------------------------------------
 
 
-def _row_products(x_ND: Tensor, y_ND: Tensor) -> Tensor:
+def row_products(x_ND: Tensor, y_ND: Tensor) -> Tensor:
     """``x_i . y_i``, (N,), without an N x D array in between."""
     parts = zip(x_ND.split(ROWS), y_ND.split(ROWS), strict=True)
     products = [torch.linalg.vecdot(x_RD, y_RD) for x_RD, y_RD in parts]
@@ -752,5 +752,5 @@ def _through_normalization(raw: Tensor, unit: Tensor, gradient: Tensor, normaliz
     """Gradient to the rows before they were scaled to ``unit`` length; overwrites ``gradient``."""
     if not normalize:
         return gradient
-    along = _row_products(unit.flatten(0, -2), gradient.flatten(0, -2)).view(*unit.shape[:-1], 1)
+    along = row_products(unit.flatten(0, -2), gradient.flatten(0, -2)).view(*unit.shape[:-1], 1)
     return gradient.addcmul_(unit, along, value=-1).div_(norms(raw.to(unit.dtype))[..., None])
