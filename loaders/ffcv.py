@@ -123,10 +123,10 @@ def write_beton(
 
     Pictures of any format are stored byte for byte (never encoded anew: a JPEG would lose, and pixels are to equal the
     source's), keys as they are; captions as the .txt member's bytes, or as JSON with the non-empty ones of the list
-    ``captions``. ``shards`` must have been opened for the same ``captions``. ``workers`` threads decode each sample once:
-    one that training would skip, or too large for a page of ``page_mib`` MiB (a power of two), is left out and counted.
-    The file is there whole or not at all. Raises ValueError if no sample is usable, ``Failed`` if the file cannot be
-    written.
+    ``captions``. ``shards`` must have been opened for the same ``captions``. Each sample is decoded once, on one of
+    ``workers`` threads: one that training would skip, or too large for a page of ``page_mib`` MiB (a power of two), is
+    left out and counted. The file is there whole or not at all. Raises ValueError if no sample is usable, ``Failed`` if
+    the file cannot be written.
     """
     require(path.suffix == ".beton", "path", str(path), "one that ends in .beton")
     require(captions in ("txt", "several"), "captions", captions, "'txt' or 'several'")
