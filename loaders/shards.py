@@ -14,6 +14,7 @@ import numpy as np
 
 from rocket_fast.errors import InvalidArgument, require
 from rocket_fast.loaders.sources import RawSample
+from rocket_fast.loaders.sources.beton import BetonSource
 from rocket_fast.loaders.sources.webdataset import CaptionMember, FileCache, TarSource
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -63,10 +64,11 @@ class ShardSet:
 
     def __init__(self, patterns: Sequence[str], *, caption: CaptionMember = "txt") -> None:
         files = FileCache()
-        self.sources: list[TarSource] = []
+        self.sources: list[TarSource | BetonSource] = []
         for path, pattern in expand_patterns(patterns):
             try:
-                self.sources.append(TarSource(path, files, caption=caption))
+                open_source = BetonSource if path.suffix == ".beton" else TarSource
+                self.sources.append(open_source(path, files, caption=caption))
             except (OSError, ValueError) as error:
                 raise InvalidArgument(f"shards: {path} (pattern {pattern!r}) cannot be read: {error}") from error
         self.skipped: Counter[str] = sum((source.skipped for source in self.sources), Counter())
