@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
 from rocket_fast.errors import require
 from rocket_fast.loaders.base import BadSampleError
 from rocket_fast.loaders.cpu import decode_image, read_caption, read_captions
+from rocket_fast.loaders.ordered_map import AHEAD, ordered_map
 from rocket_fast.loaders.shards import ShardSet
 
 EXAMPLES = 3
-_AHEAD = 64  # samples submitted ahead for each thread; those of a whole data set at once would fill the memory
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +57,7 @@ def check_shards(
         return key, image.shape[0] * image.shape[1]
 
     with ThreadPoolExecutor(workers) as pool:
-        for done, (key, found) in enumerate(_bounded_map(pool, look, len(shards), workers * _AHEAD), start=1):
+        for done, (key, found) in enumerate(ordered_map(pool, look, range(len(shards)), workers * AHEAD), start=1):
             advance(done, len(shards))
             if isinstance(found, int):
                 usable += 1
@@ -69,20 +68,3 @@ def check_shards(
                 examples[found].append(key)
     extent = (smallest, largest) if usable else None
     return CheckReport(usable=usable, skipped=skipped, examples=dict(examples), pixels=extent)
-
-
-def _bounded_map(
-    pool: ThreadPoolExecutor, function: Callable[[int], _Result], count: int, ahead: int
-) -> Iterator[_Result]:
-    """``function(0) ... function(count - 1)`` in order, no more than ``ahead`` of them submitted and not yet taken."""
-    pending: deque[Future[_Result]] = deque()
-    try:
-        for index in range(count):
-            if len(pending) == ahead:
-                yield pending.popleft().result()
-            pending.append(pool.submit(function, index))
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        for future in pending:
-            future.cancel()
