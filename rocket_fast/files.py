@@ -15,7 +15,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        usual = temporary.stat().st_mode
         write(temporary)
+        os.chmod(temporary, usual)  # safetensors keeps its files from everybody else
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -24,6 +24,18 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_files_are_as_open_to_others_as_any(tmp_path: Path):
+    """However narrow the writer leaves them."""
+
+    def narrow(temporary: Path) -> None:
+        temporary.write_text("text")
+        temporary.chmod(0o600)
+
+    write_atomically(tmp_path / "ours", narrow)
+    (tmp_path / "any").write_text("text")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
 def test_leftovers_of_dead_processes_go_and_everything_else_stays(tmp_path: Path):
     script = """
 import os, signal, sys
