@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -23,13 +24,16 @@ class DataConfig:
     """Which image-text pairs to train on, and how they are batched."""
 
     train: tuple[str, ...]
-    """Webdataset tars: paths, globs (data/*.tar) and braces (data/{000..331}.tar)."""
+    """Tars, .csv, .parquet, .npy, .json, .pkl, folders; globs (data/*.tar), braces ({000..331}), ?images=FOLDER."""
+    weights: tuple[float, ...] | None = None
+    """How often an epoch shows the samples of each of these; 0.5 shows half of them, drawn anew; None is once each."""
     batch_size: int = 256
     """Samples per optimizer step over all processes; a multiple of their number."""
     workers: int = 2
     """Threads that decode and augment."""
     captions: Literal["txt", "several"] = "txt"
-    """txt: the .txt member, in all views; several: the list "captions" in the .json member, one drawn per view."""
+    """txt: the .txt member (or the first caption), in all views; several: the list "captions" in the .json member (or
+    all that the data has), one drawn per view."""
     shuffle: bool = True
     """A new order of all samples every epoch; False keeps the order of the shards."""
     drop_last: bool = True
@@ -44,6 +48,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         patterns = not isinstance(self.train, str) and len(self.train) > 0
         require(patterns, "data.train", self.train, "a tuple of patterns")
+        if self.weights is not None:
+            usable = len(self.weights) == len(self.train) and all(0 < weight < math.inf for weight in self.weights)
+            require(usable, "data.weights", self.weights, f"{len(self.train)} positive numbers, one per data.train")
         require(self.batch_size >= 1, "data.batch_size", self.batch_size, "a number >= 1")
         require(self.workers >= 1, "data.workers", self.workers, "a number >= 1")
         require(self.captions in ("txt", "several"), "data.captions", self.captions, "'txt' or 'several'")
@@ -54,8 +61,8 @@ class DataConfig:
 class Loader(Protocol):
     """Batches of one process, in an order that depends on seed, epoch and data only.
 
-    ``samples``: usable samples over all processes. ``skipped``: samples left out so far, by reason; those found when
-    the shards were indexed count once, those found on reading count in every epoch.
+    ``samples``: samples in an epoch over all processes. ``skipped``: samples left out so far, by reason; those found
+    when the shards were indexed count once, those found on reading count in every epoch.
     """
 
     samples: int

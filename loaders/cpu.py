@@ -25,7 +25,7 @@ from rocket_fast.batch import Batch, PackedText
 from rocket_fast.errors import InvalidArgument, optional_import, require
 from rocket_fast.image_augment import ImageAugmentConfig, centre_view, draw
 from rocket_fast.loaders.base import TEXT_STREAM, BadSampleError, DataConfig, EvalBatch, sample_generator
-from rocket_fast.loaders.shards import Cursor, ShardSet, epoch_order
+from rocket_fast.loaders.shards import Cursor, ShardSet
 from rocket_fast.loaders.sources import RawSample
 from rocket_fast.text_augment import TextAugmentConfig, augment_strong, augment_weak
 from rocket_fast.tokenizer import Tokenizer
@@ -181,8 +181,8 @@ class CPULoader:
         _codecs()  # say now what is not installed
         require(0 <= seed < 2**64, "seed", seed, "0 <= seed < 2**64")
         self.data, self.image, self.text, self.tokenizer, self.seed = data, image, text, tokenizer, seed
-        self._shards = ShardSet(data.train, caption="txt" if data.captions == "txt" else "json")
-        self.samples = len(self._shards)
+        self._shards = ShardSet(data.train, caption="txt" if data.captions == "txt" else "json", weights=data.weights)
+        self.samples = self._shards.epoch_samples
         self.skipped = Counter(self._shards.skipped)
         self._cursor = Cursor(self.samples, data.batch_size, rank=rank, world_size=world_size, drop_last=data.drop_last)
         self._pool = ThreadPoolExecutor(data.workers, thread_name_prefix="rocket-fast-loader")
@@ -196,7 +196,7 @@ class CPULoader:
         """The rest of the current epoch."""
         require(not self._closed, "loader", "closed", "one that has not been closed")
         cursor, epoch = self._cursor, self._cursor.epoch
-        order = epoch_order(self.samples, self.seed, epoch, shuffle=self.data.shuffle)
+        order = self._shards.epoch_order(self.seed, epoch, shuffle=self.data.shuffle)
         pending: deque[_Pending] = deque()
         submitted = cursor.delivered
         try:

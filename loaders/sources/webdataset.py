@@ -11,15 +11,12 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from rocket_fast.loaders.base import BadSampleError
-from rocket_fast.loaders.sources import RawSample
+from rocket_fast.loaders.sources import IMAGE_SUFFIXES, CaptionMember, RawSample
 
-CaptionMember = Literal["txt", "json"]
-IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jpe", "jfif"})
 _BLOCK = 512
 _NEAR = 1 << 16  # members with less than this between them are read at once
 _ABSENT = -1
@@ -48,6 +45,10 @@ class FileCache:
         file = self._open(path)  # held until pread returns: another thread's read may put it out of the cache meanwhile
         return os.pread(file.descriptor, size, offset)
 
+    def size(self, path: Path) -> int:
+        """Bytes in the file."""
+        return os.fstat(self._open(path).descriptor).st_size
+
 
 class TarSource:
     """One tar, indexed: sample i's image and its text or json bytes.
@@ -56,6 +57,8 @@ class TarSource:
     Raises ValueError if the file is not a tar, OSError if it cannot be read. ``skipped`` counts by reason: samples
     without an image or caption member, members that repeat a name, and a shard whose rest is damaged.
     """
+
+    blocks: np.ndarray | None = None
 
     def __init__(self, path: Path, files: FileCache, *, caption: CaptionMember = "txt") -> None:
         self.path, self.name, self.skipped = path, path.stem, Counter[str]()

@@ -39,7 +39,17 @@ def test_threads_do_not_disturb_each_other():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("train", ()), ("train", "a.tar"), ("batch_size", 0), ("workers", 0), ("captions", "json"), ("prefetch", -1)],
+    [
+        ("train", ()),
+        ("train", "a.tar"),
+        ("batch_size", 0),
+        ("workers", 0),
+        ("captions", "json"),
+        ("prefetch", -1),
+        ("weights", (1.0, 2.0)),
+        ("weights", (0.0,)),
+        ("weights", (float("nan"),)),
+    ],
 )
 def test_bad_values_are_named(field, value):
     with pytest.raises(ValueError, match=field):

@@ -1,16 +1,21 @@
 """`rocket-fast data check` counts exactly what training would skip, with keys to find it by."""
 
 import io
+import re
 import tarfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from rocket_fast.__main__ import main
 from rocket_fast.loaders import check
 from rocket_fast.loaders.check import check_shards
+from rocket_fast.loaders.check_picture import draw_check, histogram, quantile
 
 
 def encoded(height: int, width: int) -> bytes:
@@ -76,3 +81,42 @@ def test_the_command_passes_its_options_on(tmp_path: Path, write_shard, monkeypa
     assert passed[0]["workers"] == 3
     with pytest.raises(ValueError, match="workers: got 0, expected a number >= 1"):
         check_shards([str(tmp_path / "s.tar")], workers=0)
+
+
+def test_any_source_is_checked_and_drawn(tmp_path: Path, capsys):
+    for number in range(30):
+        (tmp_path / f"{number}.png").write_bytes(encoded(10 + number, 40))
+    rows = "".join(f"{number}.png,{'word ' * (1 + number % 7)}\n" for number in range(32))
+    (tmp_path / "data.csv").write_text(f"filepath,title\n{rows}")
+    assert main(["data", "check", str(tmp_path / "data.csv"), "--picture", str(tmp_path / "out/check.png")]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"usable\W+30\W", text)
+    assert re.search(r"no image\W+2\W", text)
+    assert re.search(r"shorter side\W+24; 11 to 38 in nine of ten", text)
+    with Image.open(tmp_path / "out/check.png") as picture:
+        assert picture.width > 1000
+        assert len(picture.getcolors(1 << 20)) > 10
+    report = check_shards([str(tmp_path / "data.csv")])
+    assert report.sides == Counter(min(10 + number, 40) for number in range(30))
+    assert report.words == Counter(1 + number % 7 for number in range(30))
+    assert [shown.key for shown in report.shown][:2] == ["data/00000000", "data/00000002"]
+    assert len(report.shown) == 12
+
+
+@given(values=st.lists(st.integers(0, 10**6), min_size=1, max_size=300))
+def test_histograms_hold_every_value_once(values: list[int]):
+    low, step, counts = histogram(Counter(values))
+    assert sum(counts) == len(values)
+    assert len(counts) <= 40
+    assert low == min(values)
+    assert counts[0] == sum(value < low + step for value in values) or len(counts) == 1
+    assert quantile(Counter(values), 0.5) == sorted(values)[(len(values) - 1) // 2]
+
+
+def test_nothing_usable_is_drawn_all_the_same(tmp_path: Path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    (tmp_path / "a.txt").write_text("a")
+    report = check_shards([str(tmp_path)])
+    assert report.usable == 0
+    draw_check(report, tmp_path / "check.png", "nothing")
+    assert (tmp_path / "check.png").exists()

@@ -161,6 +161,38 @@ def test_resumes_bit_for_bit_from_the_next_batch(data, stop):
         assert_same(following, next(iter(resumed)))
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_weighted_mixture_is_exact_over_ranks_and_after_resuming(data, tmp_path, world_size):
+    (tmp_path / "p").mkdir()
+    for number in range(10):
+        (tmp_path / f"p/{number}.png").write_bytes(encoded(colours(seed=number)))
+        (tmp_path / f"p/{number}.txt").write_text(f"picture {number}")
+    data = replace(data, train=(*data.train, f"{tmp_path}/p"), weights=(0.5, 2.3), drop_last=False, batch_size=6)
+    whole, keys = [], Counter()
+    for rank in range(world_size):
+        with opened(data, rank=rank, world_size=world_size) as loader:
+            batches = list(loader)
+            whole.append(batches)
+            assert loader.samples == 44 + 23
+        keys.update(k for b in batches for k, valid in zip(b.keys, b.valid.tolist(), strict=True) if valid)
+    assert set(keys.values()) == {1}
+    shown = Counter(key.partition("#")[0] for key in keys)
+    assert sum(count for key, count in shown.items() if key.startswith("s")) == 44
+    assert sorted(count for key, count in shown.items() if key.startswith("p/")) == [2] * 7 + [3] * 3
+    images = {key: views for batches in whole for key, (views, _) in by_key(batches).items()}
+    assert not torch.equal(images["p/0.png"][1], images["p/0.png#2"][1])  # two showings, two crops
+    with opened(data, world_size=world_size) as loader:
+        next(iter(loader))
+        state = json.loads(json.dumps(loader.state_dict()))
+    with opened(data, world_size=world_size) as loader:
+        loader.load_state_dict(state)
+        for a, b in zip(loader, whole[0][1:], strict=True):
+            assert_same(a, b)
+    other = opened(replace(data, weights=(0.5, 2.2)), world_size=world_size)
+    with other as loader, pytest.raises(ValueError, match=r"data\.train"):
+        loader.load_state_dict(state)
+
+
 def test_breaking_off_and_going_on_loses_nothing(data):
     with opened(data) as loader:
         expected = [batch.keys for batch in loader]

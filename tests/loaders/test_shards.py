@@ -1,5 +1,6 @@
 """Patterns, the epoch's order, and its division among processes."""
 
+import hashlib
 import re
 
 import numpy as np
@@ -23,8 +24,8 @@ def test_patterns_keep_their_order_and_name_what_is_missing(tmp_path):
     for name in ("b1", "b0", "a0", "c[1]"):
         (tmp_path / f"{name}.tar").touch()
     found = expand_patterns([f"{tmp_path}/b*.tar", f"{tmp_path}/a{{0..0}}.tar", f"{tmp_path}/c[1].tar"])
-    assert [path.stem for path, _ in found] == ["b0", "b1", "a0", "c[1]"]
-    assert found[2][1] == f"{tmp_path}/a{{0..0}}.tar"
+    assert [each.path.stem for each in found] == ["b0", "b1", "a0", "c[1]"]
+    assert found[2].pattern == f"{tmp_path}/a{{0..0}}.tar"
     with pytest.raises(ValueError, match=r"b\{0\.\.2\}.*no file .*b2\.tar"):
         expand_patterns([f"{tmp_path}/b{{0..2}}.tar"])
     with pytest.raises(ValueError, match=r"nothing-\*.*\(for the demo: rocket-fast data emoji\)"):
@@ -46,6 +47,48 @@ def test_no_usable_sample_is_an_error(tmp_path, write_shard):
     write_shard(tmp_path / "empty.tar", 0, 0)
     with pytest.raises(ValueError, match=r"empty\.tar"):
         ShardSet([f"{tmp_path}/empty.tar"])
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (2, 0.25), (0.5, 3.4), (0.001, 1)])
+def test_weights_show_whole_multiples_exactly_and_a_drawn_part_besides(tmp_path, write_shard, weights):
+    for name, samples in (("a0", 20), ("a1", 30), ("b0", 40)):
+        write_shard(tmp_path / f"{name}.tar", samples, 0)
+    shards = ShardSet([f"{tmp_path}/a{{0,1}}.tar", f"{tmp_path}/b*.tar"], weights=weights)
+    orders = [shards.epoch_order(7, epoch, shuffle=True) for epoch in (0, 0, 1)]
+    assert np.array_equal(orders[0], orders[1])
+    assert all(len(order) == shards.epoch_samples for order in orders)
+    shown = [np.bincount(order % 90, minlength=90) for order in orders]
+    for first, samples, weight in ((0, 50, weights[0]), (50, 40, weights[1])):
+        for counts in shown:
+            own = counts[first : first + samples]
+            assert own.sum() == int(weight) * samples + round(weight % 1 * samples)
+            assert set(own.tolist()) <= {int(weight), int(weight) + 1}
+    if 0.5 in weights:
+        assert not np.array_equal(shown[0], shown[2])
+    keys = [shards.read(int(number)).key for number in orders[0]]
+    assert len(set(keys)) == len(keys)
+    assert {key.partition("#")[0] for key in keys} <= {shards.read(i).key for i in range(90)}
+    plain = shards.epoch_order(7, 0, shuffle=False)
+    assert sorted(plain.tolist()) == sorted(orders[0].tolist())
+
+
+def test_weights_of_one_change_only_the_fingerprint(tmp_path, write_shard):
+    write_shard(tmp_path / "a.tar", 20, 0)
+    plain, weighted = ShardSet([f"{tmp_path}/a.tar"]), ShardSet([f"{tmp_path}/a.tar"], weights=[1.0])
+    assert np.array_equal(plain.epoch_order(3, 4, shuffle=True), weighted.epoch_order(3, 4, shuffle=True))
+    assert np.array_equal(plain.epoch_order(3, 4, shuffle=True), epoch_order(20, 3, 4, shuffle=True))
+    assert plain.fingerprint == hashlib.blake2b(b"a 20", digest_size=8).hexdigest()
+    assert weighted.fingerprint != plain.fingerprint
+    with pytest.raises(ValueError, match=r"weights: got \[1, 2\], expected 1 numbers, one a pattern"):
+        ShardSet([f"{tmp_path}/a.tar"], weights=[1, 2])
+
+
+def test_sources_of_one_name_get_distinct_keys(tmp_path, write_shard):
+    for name in ("x/00000", "y/00000", "y/00001"):
+        write_shard(tmp_path / f"{name}.tar", 2, 0)
+    shards = ShardSet([f"{tmp_path}/x/*.tar", f"{tmp_path}/y/*.tar"])
+    keys = [shards.read(i).key for i in range(6)]
+    assert keys == [f"{name}/0000{i}" for name in ("x/00000.tar", "y/00000.tar", "00001") for i in range(2)]
 
 
 def test_epoch_order():

@@ -1,0 +1,69 @@
+"""Pictures in a folder and those in it; captions in a metadata file, or in a .txt or .json beside each picture."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from rocket_fast.loaders.sources import IMAGE_SUFFIXES, CaptionMember, RawSample, Source
+from rocket_fast.loaders.sources.csv import csv_rows
+from rocket_fast.loaders.sources.json import jsonl_rows
+from rocket_fast.loaders.sources.table import FileSource, SourceOptions, Strings, caption_bytes, raw_sample, read_whole
+
+_METADATA = {"metadata.csv": csv_rows, "metadata.jsonl": jsonl_rows}
+
+
+def open_folder(path: Path, options: SourceOptions) -> Source:
+    """The pictures that metadata.csv or metadata.jsonl lists, if there is one; otherwise all with captions beside."""
+    for name, read in _METADATA.items():
+        if (path / name).is_file():
+            options = replace(options, images=options.images or path)
+            folders = options.folders(path / name)
+            return FileSource(path.resolve().name, read(path / name, options), folders, options.caption)
+    return FolderSource(path, options.caption)
+
+
+class FolderSource:
+    """``a.jpg`` with its caption in ``a.txt``, or its captions in ``a.json`` as in tars (if none, ``a.txt``).
+
+    The key is the picture's path in the folder. Hidden files and folders are left out, linked folders not followed.
+    """
+
+    blocks: np.ndarray | None = None
+
+    def __init__(self, path: Path, member: CaptionMember) -> None:
+        self.name, self.skipped = path.resolve().name, Counter[str]()
+        self._root, self._member, self._pictures = str(path), member, Strings()
+        suffixes = ("txt",) if member == "txt" else ("json", "txt")
+        self._caption_suffixes = bytearray()
+        for folder, subfolders, files in os.walk(path):
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            there = frozenset(files)
+            for name in sorted(files):
+                stem, _, suffix = name.rpartition(".")
+                if not stem or name.startswith(".") or suffix.lower() not in IMAGE_SUFFIXES:
+                    continue
+                number = next((i for i, kind in enumerate(suffixes) if f"{stem}.{kind}" in there), None)
+                if number is None:
+                    self.skipped["no caption"] += 1
+                    continue
+                self._pictures.append(os.fsencode(os.path.relpath(os.path.join(folder, name), path)))
+                self._caption_suffixes.append(number)
+        self._suffixes = suffixes
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def read(self, index: int) -> RawSample:
+        """Sample ``index``'s bytes; BadSampleError if picture or caption cannot be read."""
+        picture = os.fsdecode(self._pictures[index])
+        suffix = self._suffixes[self._caption_suffixes[index]]
+        image = read_whole(os.path.join(self._root, picture), "image")
+        caption = read_whole(os.path.join(self._root, f"{picture.rpartition('.')[0]}.{suffix}"), "caption")
+        if self._member == "json" and suffix == "txt":
+            caption = caption_bytes([caption.decode("utf-8-sig", "surrogateescape")], "json")
+        return raw_sample(f"{self.name}/{picture}", image, caption, self._member)

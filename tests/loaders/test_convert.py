@@ -1,0 +1,165 @@
+"""`rocket-fast data pack`: everything in, nothing twice, and on from where it was killed."""
+
+import io
+import json
+import tarfile
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from rocket_fast.__main__ import main
+from rocket_fast.errors import Failed
+from rocket_fast.loaders import convert
+from rocket_fast.loaders.convert import PackConfig, pack
+from rocket_fast.loaders.shards import ShardSet
+
+Image = pytest.importorskip("PIL.Image")
+
+
+def encoded(height, width, image_format="JPEG", **options):
+    file = io.BytesIO()
+    pixels = np.linspace(0, 255, height * width * 3).astype(np.uint8).reshape(height, width, 3)
+    Image.fromarray(pixels).save(file, image_format, **options)
+    return file.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """25 pictures in a folder, two of them bad."""
+    root = tmp_path / "pictures"
+    root.mkdir()
+    for number in range(25):
+        (root / f"{number:02d}.jpg").write_bytes(encoded(20 + number, 60))
+        (root / f"{number:02d}.txt").write_text(f"caption {number}")
+    (root / "07.txt").write_text(" ")
+    (root / "11.jpg").write_bytes(b"no picture")
+    return root
+
+
+def contents(out):
+    return {path.name: path.read_bytes() for path in sorted(out.glob("*.tar"))}
+
+
+def test_packs_what_training_then_reads(tmp_path, folder):
+    seen = []
+    report = pack([str(folder)], PackConfig(out=tmp_path / "out", shard_size=10), advance=lambda *at: seen.append(at))
+    assert (report.shards, report.kept, report.samples) == (3, 0, 23)
+    assert report.skipped == Counter({"empty caption": 1, "corrupt image": 1})
+    assert seen == [(i, 25) for i in range(1, 26)]
+    assert sorted(contents(tmp_path / "out")) == ["00000.tar", "00001.tar", "00002.tar"]
+    before, after = ShardSet([str(folder)]), ShardSet([f"{tmp_path}/out/*.tar"])
+    usable = [before.read(i) for i in range(25) if i not in (7, 11)]
+    packed = [after.read(i) for i in range(len(after))]
+    assert [(s.image, s.text) for s in packed] == [(s.image, s.text) for s in usable]
+    assert packed[0].key == "00000/pictures/00_jpg"
+    assert not after.skipped
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_continues_after_a_kill_and_ends_the_same(tmp_path, folder, monkeypatch, workers):
+    whole = PackConfig(out=tmp_path / "whole", shard_size=6, workers=2)
+    pack([str(folder)], whole)
+    config = PackConfig(out=tmp_path / "out", shard_size=6, workers=workers)
+    make = convert._make
+
+    def killed(shards, index, config):
+        if index == 15:
+            raise KeyboardInterrupt
+        return make(shards, index, config)
+
+    monkeypatch.setattr(convert, "_make", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pack([str(folder)], config)
+    monkeypatch.setattr(convert, "_make", make)
+    assert sorted(contents(config.out)) == ["00000.tar", "00001.tar"]
+    assert not list(config.out.glob(".*.tmp"))
+    (config.out / ".00002.tar.999999999.tmp").write_bytes(b"half")  # what a SIGKILL leaves
+    (config.out / "00002.tar").write_bytes(b"not in the record")
+    times = {path: path.stat().st_mtime_ns for path in config.out.glob("0000[01].tar")}
+    report = pack([str(folder)], config)
+    assert (report.shards, report.kept, report.samples) == (5, 2, 23)
+    assert report.skipped == Counter({"empty caption": 1, "corrupt image": 1})
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+    assert contents(config.out) == contents(whole.out)
+    assert not list(config.out.glob(".*.tmp"))
+    (config.out / "00003.tar").unlink()
+    assert pack([str(folder)], config).kept == 4
+    assert contents(config.out) == contents(whole.out)
+
+
+def test_other_options_or_sources_do_not_continue_it(tmp_path, folder, write_shard):
+    out = tmp_path / "out"
+    pack([str(folder)], PackConfig(out=out, shard_size=10))
+    with pytest.raises(ValueError, match=r"shard_size: got 9, expected 10, as .*pack\.json was begun"):
+        pack([str(folder)], PackConfig(out=out, shard_size=9))
+    (folder / "00.txt").unlink()
+    with pytest.raises(ValueError, match="data: got"):
+        pack([str(folder)], PackConfig(out=out, shard_size=10))
+    write_shard(tmp_path / "tars/00000.tar", 3, 0)
+    with pytest.raises(ValueError, match="expected a folder without the sources in it"):
+        pack([f"{tmp_path}/tars/*.tar"], PackConfig(out=tmp_path / "tars"))
+    with pytest.raises(ValueError, match="expected an empty folder, or one begun by this command"):
+        pack([str(folder)], PackConfig(out=tmp_path / "tars"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Failed, match="cannot be written"):
+        pack([str(folder)], PackConfig(out=tmp_path / "file"))
+
+
+def test_larger_pictures_are_made_smaller_and_others_kept(tmp_path):
+    root = tmp_path / "p"
+    root.mkdir()
+    pictures = {"large.png": encoded(60, 90, "PNG"), "tall.jpg": encoded(400, 30), "small.jpg": encoded(24, 50)}
+    for name, content in pictures.items():
+        (root / name).write_bytes(content)
+        (root / f"{name[:-4]}.txt").write_text(name)
+    pack([str(root)], PackConfig(out=tmp_path / "out", resize_shorter=24, quality=95))
+    with tarfile.open(tmp_path / "out/00000.tar") as tar:
+        members = {m.name: tar.extractfile(m).read() for m in tar}
+    assert members["p/small_jpg.jpg"] == pictures["small.jpg"]
+    for name, size in (("large_png", (36, 24)), ("tall_jpg", (24, 320))):
+        made, original = Image.open(io.BytesIO(members[f"p/{name}.jpg"])), pictures[f"{name[:-4]}.{name[-3:]}"]
+        assert (made.format, made.size) == ("JPEG", size)
+        expected = Image.open(io.BytesIO(original)).convert("RGB").resize(size, Image.Resampling.BICUBIC)
+        assert np.abs(np.asarray(made, int) - np.asarray(expected, int)).mean() < 6
+
+
+def test_other_formats_become_jpeg_and_suffixes_tell_the_truth(tmp_path):
+    root = tmp_path / "p"
+    root.mkdir()
+    for number, image_format in enumerate(("PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")):
+        (root / f"{number}.jpg").write_bytes(encoded(9, 9, image_format))
+        (root / f"{number}.txt").write_text(image_format)
+    pack([str(root)], PackConfig(out=tmp_path / "out"))
+    with tarfile.open(tmp_path / "out/00000.tar") as tar:
+        names = [name.rpartition(".")[2] for name in tar.getnames() if not name.endswith("txt")]
+    assert names == ["png", "webp", "gif", "bmp", "tif", "jpg"]
+
+
+def test_several_captions_go_into_json_and_keys_are_distinct(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(encoded(9, 9))
+    records = [{"id": key, "file_name": "a.jpg"} for key in ("x.1", "x_1", "../up", "ü")]
+    annotations = [{"image_id": r["id"], "caption": f"{r['id']} {i}"} for r in records for i in range(2)]
+    (tmp_path / "c.json").write_text(json.dumps({"images": records, "annotations": annotations}))
+    report = pack([f"{tmp_path}/c.json"], PackConfig(out=tmp_path / "out", captions="several"))
+    assert report.samples == 4
+    with tarfile.open(tmp_path / "out/00000.tar") as tar:
+        members = {m.name: tar.extractfile(m).read() for m in tar}
+    assert [name for name in members if name.endswith("jpg")] == [
+        "c/x_1.jpg", "c/x_1-2.jpg", "c/__/up.jpg", "c/ü.jpg",
+    ]  # fmt: skip
+    assert members["c/x_1-2.txt"] == b"x_1 0"
+    assert json.loads(members["c/x_1-2.json"]) == {"captions": ["x_1 0", "x_1 1"]}
+    again = ShardSet([f"{tmp_path}/out/*.tar"], caption="json")
+    assert len(again) == 4
+
+
+def test_the_command(tmp_path, folder, capsys):
+    out = tmp_path / "out"
+    assert main(["data", "pack", str(folder), "--out", str(out), "--shard-size", "20", "--resize-shorter", "16"]) == 0
+    text = capsys.readouterr().out
+    assert "packed into 2 tars (0 were there)" in text
+    assert "empty caption" in text
+    assert len(contents(out)) == 2
+    assert main(["data", "pack", f"{tmp_path}/nowhere.npy", "--out", str(out)]) == 2
+    assert "nowhere.npy" in capsys.readouterr().err
