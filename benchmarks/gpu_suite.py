@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peers
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,8 @@ from peers import CUDA_CASES, OURS, Case, Figures, Problem, leaves
 from torch import Tensor
 
 from rocket_fast.config import provenance
+from rocket_fast.errors import MissingExtra
+from rocket_fast.image_augment import IMAGENET_MEAN, IMAGENET_STD, ViewConfig, ViewParams, draw, strong_view, weak_view
 from rocket_fast.kernels import clip_loss, clip_terms, log_sum_exp, multiview_clip_loss, siglip_loss
 
 BUDGET = 220.0
@@ -560,6 +563,60 @@ def run_timing(case: Case, machine: Machine) -> Result:
     return Result("time", str(case.problem), figures=found)
 
 
+# --- views ------------------------------------------------------------------------------------------------------------
+
+
+def view_kernels(machine: Machine) -> tuple[Any, Any]:
+    """The modules of the CPU's kernel and of Triton's, where both run."""
+    try:
+        from rocket_fast.kernels import augment, triton_augment
+    except MissingExtra as missing:
+        raise Skip(str(missing)) from None
+    if machine.device != "cuda" and not triton_augment.INTERPRETED:
+        raise Skip("the kernel for views runs on CUDA only (and with TRITON_INTERPRET=1)")
+    return augment, triton_augment
+
+
+def drawn_views(config: ViewConfig, views: int) -> list[ViewParams]:
+    """Parameters of views that are whole pictures already."""
+    side = config.size
+    drawn = (draw(config, side, side, np.random.default_rng((0, index))) for index in range(views))
+    return [replace(one, window=(0.0, 0.0, float(side), float(side)), warp=(1.0, 0.0, 0.0, 1.0)) for one in drawn]
+
+
+def run_views_check(config: ViewConfig, machine: Machine) -> Result:
+    """Grey levels before normalisation: within one of the CPU's."""
+    augment, triton_augment = view_kernels(machine)
+    config = replace(config, size=machine.width(config.size))
+    params, side = drawn_views(config, machine.size(128)), config.size
+    pictures = np.random.default_rng(0).integers(0, 256, (len(params), 3, side, side), dtype=np.uint8)
+    pictures //= np.arange(1, 4, dtype=np.uint8)[np.arange(len(params)) % 3, None, None, None]  # some are dark
+    expected = np.empty_like(pictures)
+    for picture, one, out in zip(pictures, params, expected, strict=True):
+        augment.render_view(np.ascontiguousarray(picture.transpose(1, 2, 0)), one, out)
+    images = torch.from_numpy(pictures).to(machine.device)
+    normal = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    got = triton_augment.augment_batch(images, params, **normal, out_dtype=FP32).double().cpu()
+    mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in normal.values())
+    apart = ((got * std + mean) * 255 - torch.from_numpy(expected)).abs()
+    figures = {"levels apart, at most": float(apart.max()), "share apart": float((apart > 0.5).double().mean())}
+    passed = figures["levels apart, at most"] < 1.001  # also False for NaN
+    return Result("views", f"as on the CPU, {side} pixels", "ok" if passed else "FAILED", figures)
+
+
+def run_views_timing(name: str, config: ViewConfig, machine: Machine) -> Result:
+    """uint8 to bfloat16, parameters on the device: bytes that must be moved, a second."""
+    _, triton_augment = view_kernels(machine)
+    config = replace(config, size=machine.width(config.size))
+    params, side = drawn_views(config, machine.size(1024)), config.size
+    images = torch.randint(0, 256, (len(params), 3, side, side), dtype=torch.uint8, device=machine.device)
+    packed = triton_augment.pack_params(params, side, side).to(machine.device)
+    normal = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    seconds = median_seconds(lambda: triton_augment.augment_batch(images, packed, **normal), machine)
+    figures = {"ms": 1e3 * seconds, "GB/s": 1e-9 * (images.nbytes + 2 * images.numel()) / seconds}
+    return Result("views", f"{len(params)} {name} views, {side} pixels", figures=figures)
+
+
 # --- the list ---------------------------------------------------------------------------------------------------------
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -611,6 +668,13 @@ GEMMS = (
     (FP32, (8192, 512, 8192)),
     (torch.float64, (8192, 512, 8192)),
 )
+CHECKED_VIEWS = tuple(replace(strong_view(size), solarize_prob=0.2, erase_prob=0.2) for size in (224, 225))
+TIMED_VIEWS = {
+    "weak": weak_view(),
+    "strong": strong_view(),
+    "strong, sharp": replace(strong_view(), blur_prob=0.0),
+    "strong, blurred": replace(strong_view(), blur_prob=1.0),
+}
 
 
 def rows() -> list[Row]:
@@ -622,6 +686,10 @@ def rows() -> list[Row]:
     result += [Row("check", "multiview", partial(run_multiview_check, dtype), 10) for dtype in (BF16, FP32)]
     result += [Row("repeatable", str(problem), partial(run_repeat, problem), 5) for problem in REPEATED]
     result += [Row("launches", str(p), partial(run_launches, p, most), 5) for p, most in LAUNCHES.items()]
+    result += [
+        Row("views", f"as on the CPU, {view.size}", partial(run_views_check, view), 30) for view in CHECKED_VIEWS
+    ]
+    result += [Row("views", name, partial(run_views_timing, name, view), 5) for name, view in TIMED_VIEWS.items()]
     result += [Row("time", name, partial(run_timing, case), 40) for name, case in CUDA_CASES.items()]
     result += [Row("check", str(check), partial(run_check, check), 40) for check in CHECKS[-1:]]
     return result
@@ -650,7 +718,11 @@ def run_row(row: Row, machine: Machine, left: float) -> Result:
 
 
 def add_shares(results: list[Result]) -> None:
-    """Our speed as a share of the fastest measured product of the same dtype."""
+    """Our speed as a share of the fastest measured product of the same dtype, or of the copy where memory decides."""
+    moved = [result for result in results if "GB/s" in result.figures]
+    for copy in (result.figures["GB/s"] for result in moved if result.kind == "ceiling"):
+        for figures in (result.figures for result in moved if result.kind == "views"):
+            figures["of the copy"] = figures["GB/s"] / copy
     ceilings: dict[str, float] = {}
     for figures in (result.figures for result in results if "dtype" in result.figures):
         dtype, speed = figures["dtype"], figures["TFLOP/s"]

@@ -10,6 +10,7 @@ and sizes divisible by 16) that the launch would have.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import re
@@ -24,6 +25,7 @@ from unittest import mock
 import torch
 
 from rocket_fast.errors import optional_import
+from rocket_fast.kernels import triton_augment as augment
 from rocket_fast.kernels import triton_contrastive as contrastive
 
 triton: Any = optional_import("triton", "gpu")
@@ -38,7 +40,7 @@ PRODUCT_KERNELS = ("_forward_kernel", "_diagonal_kernel", "_gradient_kernel")
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: the operations of which architecture's table, on what inputs, with which options."""
+    """One problem of the losses: the operations of which architecture's table, on what inputs, with which options."""
 
     arch: int
     dtype: str
@@ -54,6 +56,43 @@ class Case:
             name for name, on in (("normalize", self.normalize), ("smoothing", self.smoothing > 0)) if on
         ) or "-"  # fmt: skip
 
+    def run(self) -> None:
+        """Every operation once, forward and backward, on tensors that hold nothing."""
+        samples = 4096 if self.size == "large" else 64
+        x = torch.empty(1, samples, self.D, dtype=DTYPES[self.dtype], device="meta")
+        one, weight = x.new_empty(1, 1, dtype=torch.float32), x.new_empty(1, 1, samples, dtype=torch.float32)
+        lse = weight.double()
+        shared: dict[str, Any] = {"row_offset": 0, "normalize": self.normalize, "workspace": 2**26}
+        softmax: dict[str, Any] = {"smoothing": [self.smoothing], "diagonal": True, **shared}
+        needed: dict[str, Any] = {"need_image": True, "need_text": True}
+        contrastive.contrastive_forward(x, x, one, **softmax)
+        contrastive.contrastive_backward(x, x, one, lse, lse, weight, weight, **needed, **softmax)
+        if not self.smoothing:
+            softmax["diagonal"] = False
+            contrastive.contrastive_forward(x, x, one, **softmax)
+            contrastive.contrastive_backward(x, x, one, lse, lse, weight, weight, **needed, **softmax)
+            for need_grad in (True, False):
+                contrastive.sigmoid_forward_backward(x[0], x[0], one, one, need_grad=need_grad, **shared)
+
+
+@dataclass(frozen=True)
+class ViewsCase:
+    """Views to augment: square, of side ``D``, to ``dtype``, with which architecture's table."""
+
+    arch: int
+    dtype: str
+    D: int
+    table: int | None = None
+    size: str = "views"
+    options: str = "-"
+
+    def run(self) -> None:
+        """The one launch, on tensors that hold nothing."""
+        images = torch.empty(64, 3, self.D, self.D, dtype=torch.uint8, device="meta")
+        params = images.new_empty(64, augment.FIELDS.value, dtype=torch.float32)
+        out = torch.empty_like(images, dtype=DTYPES[self.dtype])
+        augment.render(images, params, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), out)
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -65,12 +104,13 @@ class Launch:
     aligned: tuple[int, ...]
     warps: int
     stages: int
+    limit: int | None  # registers a thread
 
     @property
     def tile(self) -> str:
         named = {self.kernel.arg_names[index]: value for index, value in self.constants}
-        sizes = [str(named[name]) for name in ("ROWS", "COLUMNS", "WIDTH", "BLOCK") if name in named]
-        return "x".join(sizes) + f" w{self.warps} s{self.stages}"
+        sizes = [str(named[name]) for name in ("TILE", "ROWS", "COLUMNS", "WIDTH", "BLOCK") if name in named]
+        return "x".join(sizes) + f" w{self.warps} s{self.stages}" + (f" r{self.limit}" if self.limit else "")
 
 
 @dataclass(frozen=True)
@@ -103,7 +143,7 @@ class Row:
 # --- what would be launched -------------------------------------------------------------------------------------------
 
 
-def launches(case: Case) -> list[Launch]:
+def launches(case: Case | ViewsCase) -> list[Launch]:
     """The kernels that the operations of ``case`` launch, each once."""
     recorded: list[Launch] = []
 
@@ -113,32 +153,12 @@ def launches(case: Case) -> list[Launch]:
             recorded.append(launch)
 
     table = case.arch if case.table is None else case.table
-    with (
-        mock.patch.object(contrastive, "_launch", record),
-        mock.patch.object(contrastive, "_architecture", return_value=table),
-    ):
-        _run_operations(case)
+    with contextlib.ExitStack() as patches:
+        for module in (contrastive, augment):
+            patches.enter_context(mock.patch.object(module, "_launch", record))
+            patches.enter_context(mock.patch.object(module, "_architecture", return_value=table))
+        case.run()
     return recorded
-
-
-def _run_operations(case: Case) -> None:
-    """Every operation once, forward and backward, on tensors that hold nothing."""
-    samples = 4096 if case.size == "large" else 64
-    x = torch.empty(1, samples, case.D, dtype=DTYPES[case.dtype], device="meta")
-    one, weight = x.new_empty(1, 1, dtype=torch.float32), x.new_empty(1, 1, samples, dtype=torch.float32)
-    lse = weight.double()
-    shared: dict[str, Any] = {"row_offset": 0, "normalize": case.normalize, "workspace": 2**26}
-    softmax: dict[str, Any] = {"smoothing": [case.smoothing], "diagonal": True, **shared}
-    contrastive.contrastive_forward(x, x, one, **softmax)
-    contrastive.contrastive_backward(x, x, one, lse, lse, weight, weight, need_image=True, need_text=True, **softmax)
-    if not case.smoothing:
-        softmax["diagonal"] = False
-        contrastive.contrastive_forward(x, x, one, **softmax)
-        contrastive.contrastive_backward(
-            x, x, one, lse, lse, weight, weight, need_image=True, need_text=True, **softmax
-        )
-        for need_grad in (True, False):
-            contrastive.sigmoid_forward_backward(x[0], x[0], one, one, need_grad=need_grad, **shared)
 
 
 def _describe(kernel: Any, args: Sequence[Any], options: dict[str, int]) -> Launch:
@@ -152,8 +172,9 @@ def _describe(kernel: Any, args: Sequence[Any], options: dict[str, int]) -> Laun
         if even:
             aligned.append(index)
     return Launch(
-        kernel, tuple(signature), tuple(constants), tuple(aligned), options["num_warps"], options.get("num_stages", 3)
-    )
+        kernel, tuple(signature), tuple(constants), tuple(aligned), options["num_warps"], options.get("num_stages", 3),
+        options.get("maxnreg"),
+    )  # fmt: skip
 
 
 def _specialisation(parameter: Any, value: Any) -> tuple[str, bool, bool]:
@@ -161,7 +182,12 @@ def _specialisation(parameter: Any, value: Any) -> tuple[str, bool, bool]:
     if parameter.is_constexpr:
         return "constexpr", True, False
     if isinstance(value, torch.Tensor):
-        names = {torch.float64: "fp64", torch.int8: "i8", **{dtype: name for name, dtype in DTYPES.items()}}
+        names = {
+            torch.float64: "fp64",
+            torch.int8: "i8",
+            torch.uint8: "u8",
+            **{dtype: name for name, dtype in DTYPES.items()},
+        }
         return f"*{names[value.dtype]}", False, True
     if isinstance(value, float):
         return "fp32", False, False
@@ -186,7 +212,7 @@ def compiled(launch: Launch, arch: int) -> Resources:
         constexprs={(index,): value for index, value in launch.constants},
         attrs={(index,): [["tt.divisibility", 16]] for index in launch.aligned},
     )
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.limit}
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, stack = _resource_usage(binary.asm["cubin"])
     instruction = TENSOR_CORES[arch] if TENSOR_CORES[arch] in binary.asm["ptx"] else ""
@@ -206,7 +232,7 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def rows(cases: Iterable[Case]) -> Iterator[Row]:
+def rows(cases: Iterable[Case | ViewsCase]) -> Iterator[Row]:
     """One row for every kernel of every case."""
     for case in cases:
         for launch in launches(case):
@@ -218,10 +244,18 @@ def rows(cases: Iterable[Case]) -> Iterator[Row]:
             )  # fmt: skip
 
 
-def all_cases() -> list[Case]:
+def views_cases() -> list[ViewsCase]:
+    """Every output type; sizes that are a multiple of 16 and that are not, of which Triton makes separate code."""
+    sides = (224, 225)
+    cases = [ViewsCase(arch, dtype, D) for arch, dtype, D in itertools.product(ARCHITECTURES, DTYPES, sides)]
+    default = itertools.product((80, 100), DTYPES, sides)
+    return cases + [ViewsCase(arch, dtype, D, table=0) for arch, dtype, D in default]
+
+
+def all_cases() -> list[Case | ViewsCase]:
     """Every pinned configuration with every option; the default one on the oldest and the newest architecture."""
     inputs = [("bf16", width) for width in (256, 512, 768, 1024)] + [("fp16", 512), ("fp32", 512)]
-    cases = [
+    cases: list[Case | ViewsCase] = [
         Case(arch, dtype, D, size, normalize, smoothing)
         for arch, (dtype, D), size, normalize, smoothing in itertools.product(
             ARCHITECTURES, inputs, SIZES, (False, True), (0.0, 0.1)
@@ -229,7 +263,7 @@ def all_cases() -> list[Case]:
     ]
     default = itertools.product((80, 100), DTYPES, SIZES, (False, True))
     cases += [Case(arch, dtype, 512, size, normalize, 0.1, table=0) for arch, dtype, size, normalize in default]
-    return cases
+    return cases + views_cases()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

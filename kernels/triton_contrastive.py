@@ -20,7 +20,6 @@ Importing this file needs triton; with ``TRITON_INTERPRET=1`` set before, everyt
 
 from __future__ import annotations
 
-import contextlib
 import math
 import typing as t  # kernels find names in modules only
 from collections.abc import Iterator, Sequence
@@ -32,11 +31,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rocket_fast.errors import optional_import
+from rocket_fast.kernels.launch import INTERPRETED
+from rocket_fast.kernels.launch import architecture as _architecture
+from rocket_fast.kernels.launch import launch as _launch
+from rocket_fast.kernels.launch import on_device_of as _on
 
 triton: Any = optional_import("triton", "gpu")
 tl: Any = optional_import("triton.language", "gpu")
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
 WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies bfloat16 numbers as if their bits were integers
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1e38)  # below every logit, and finite: its difference from itself is zero
@@ -1015,14 +1017,6 @@ def available() -> bool:
     return INTERPRETED or torch.cuda.is_available()
 
 
-def _architecture(device: torch.device) -> int:
-    if device.type != "cuda" or torch.version.hip is not None:
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    known = {(8, 0): 80, (9, 0): 90, (10, 0): 100, (10, 3): 100}  # others share the name but not the shared memory
-    return known.get((major, minor), 0)
-
-
 def _configs(problem: _Problem) -> Configs:
     arch, size = _architecture(problem.x.device), problem.x.element_size()
     large = CONFIGS[arch, size, "large"]
@@ -1035,15 +1029,6 @@ def _configs(problem: _Problem) -> Configs:
 
 def _ceil(size: int, block: int) -> int:
     return -(-size // block)
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    kernel[grid](*args, **options)
-
-
-def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Launch on ``x``'s device, whichever is current."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def _aligned(x: Tensor) -> Tensor:

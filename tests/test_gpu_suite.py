@@ -1,6 +1,9 @@
 """The GPU suite's whole way through at tiny sizes on the CPU, its float64 figures, and that it can fail."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,6 +13,7 @@ import torch
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SMALL = ["--device", "cpu", "--small"]
+CUDA_ONLY = ("launches", "views")
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="only the source tree has the benchmarks")
 
@@ -33,12 +37,54 @@ def results(folder: Path) -> list[dict[str, Any]]:
 def test_every_row_runs(suite: ModuleType, tmp_path: Path) -> None:
     assert suite.main([*SMALL, "--output", str(tmp_path)]) == 0
     found = results(tmp_path)
-    assert {r["kind"] for r in found} == {"ceiling", "check", "repeatable", "launches", "time"}
-    assert all(r["status"] == ("skipped" if r["kind"] == "launches" else "ok") for r in found), found
+    assert {r["kind"] for r in found} == {"ceiling", "check", "repeatable", "launches", "views", "time"}
+    assert all(r["status"] == ("skipped" if r["kind"] in CUDA_ONLY else "ok") for r in found), found
+    assert all("CUDA only" in r["note"] for r in found if r["kind"] in CUDA_ONLY)
     (report,) = tmp_path.glob("*.md")
     text = report.read_text()
     assert all(r["name"] in text for r in found)
     assert "% of the fastest product above" in text
+
+
+@pytest.mark.parametrize(("only", "count"), [("as on the CPU", 2), pytest.param("views", 6, marks=pytest.mark.slow)])
+def test_views_run_in_the_interpreter(only: str, count: int, tmp_path: Path) -> None:
+    """Checked against the CPU's kernel, and timed against the copy."""
+    pytest.importorskip("triton")
+    pytest.importorskip("numba")
+    command = [sys.executable, str(FOLDER / "gpu_suite.py"), *SMALL, "--output", str(tmp_path), "--only"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, only], env=environment, capture_output=True, check=True)
+    found = results(tmp_path)
+    assert len(found) == count
+    assert all(r["status"] == "ok" for r in found), found
+    checked = [r["figures"] for r in found if r["name"].startswith("as on the CPU")]
+    assert len(checked) == 2
+    assert all(figures["levels apart, at most"] < 1.001 for figures in checked)
+
+
+def test_views_are_a_share_of_the_copy(suite: ModuleType) -> None:
+    copy = suite.Result("ceiling", "copy", figures={"GB/s": 2000.0})
+    views = suite.Result("views", "strong", figures={"ms": 0.3, "GB/s": 1500.0})
+    check = suite.Result("views", "as on the CPU", figures={"share apart": 0.01})
+    suite.add_shares([copy, views, check])
+    assert views.figures["of the copy"] == 0.75
+    assert "of the copy" not in check.figures
+
+
+def test_wrong_views_fail(suite: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel two grey levels off."""
+
+    class Wrong:
+        @staticmethod
+        def augment_batch(images: torch.Tensor, params: Any, **options: Any) -> torch.Tensor:
+            from rocket_fast.image_augment import normalize
+
+            return normalize((images + 2).clamp(2, 250))
+
+    augment = pytest.importorskip("rocket_fast.kernels.augment")
+    monkeypatch.setattr(suite, "view_kernels", lambda machine: (augment, Wrong))
+    result = suite.run_views_check(suite.weak_view(16), suite.Machine("cpu", small=True))
+    assert result.status == "FAILED"
 
 
 def test_wrong_gradients_and_exceptions_fail(

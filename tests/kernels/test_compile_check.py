@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 pytest.importorskip("triton")
-from rocket_fast.kernels import compile_check
+from rocket_fast.kernels import compile_check, triton_augment
 from rocket_fast.kernels import triton_contrastive as kernels
 
 if kernels.INTERPRETED:
@@ -16,6 +16,11 @@ EVERYDAY = [
     compile_check.Case(90, "bf16", 512, normalize=True, smoothing=0.1),
     compile_check.Case(90, "fp32", 512),
     compile_check.Case(100, "bf16", 768),
+]
+VIEWS = [
+    compile_check.ViewsCase(80, "fp32", 225),
+    compile_check.ViewsCase(90, "bf16", 224),
+    compile_check.ViewsCase(100, "fp16", 225),
 ]
 
 
@@ -33,9 +38,41 @@ def test_no_spills_and_tensor_cores(case: compile_check.Case) -> None:
     check(list(compile_check.rows([case])))
 
 
+@pytest.mark.parametrize("case", VIEWS, ids=lambda case: f"sm_{case.arch}-{case.dtype}")
+def test_views_do_not_spill_and_share_a_multiprocessor(case: compile_check.ViewsCase) -> None:
+    check_views(list(compile_check.rows([case])))
+
+
+def check_views(rows: list[compile_check.Row]) -> None:
+    """Blurs run on tensor cores of any generation; two programs have registers and shared memory beside each other."""
+    assert {row.kernel for row in rows} == {"_augment_kernel"}
+    assert not [row for row in rows if row.stack], "spills: choose another configuration"
+    for row in rows:
+        assert row.instruction == compile_check.TENSOR_CORES[row.arch], row
+        warps = triton_augment.CONFIGS[row.arch].warps
+        assert "default" in row.size or 2 * 32 * warps * row.registers <= 65_536, row
+        assert 2 * row.shared <= 160 * 1024, row
+
+
+@pytest.mark.slow
+def test_every_size_and_type_of_views() -> None:
+    check_views(list(compile_check.rows(compile_check.views_cases())))
+
+
 @pytest.mark.slow
 def test_every_configuration_with_every_option() -> None:
-    check(list(compile_check.rows(compile_check.all_cases())))
+    losses = [case for case in compile_check.all_cases() if isinstance(case, compile_check.Case)]
+    check(list(compile_check.rows(losses)))
+
+
+def test_a_spill_of_views_is_seen() -> None:
+    """Too few registers."""
+    config = triton_augment.Config(64, 32, 64, 4096, warps=8, stages=1, registers=64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(triton_augment.CONFIGS, 90, config)
+        (row,) = compile_check.rows([compile_check.ViewsCase(90, "bf16", 224)])
+    assert row.stack
+    assert row.registers <= 64
 
 
 def test_a_spill_is_seen() -> None:
