@@ -130,9 +130,9 @@ def _plain_view(
             new_green = _recoloured(red, green, blue, params_ptr, 1, luma)
             new_blue = _recoloured(red, green, blue, params_ptr, 2, luma)
             if sweep == 0:
-                mean_r += tl.sum(tl.sum(tl.where(ok, new_red, 0.0), 1), 0) / plane
-                mean_g += tl.sum(tl.sum(tl.where(ok, new_green, 0.0), 1), 0) / plane
-                mean_b += tl.sum(tl.sum(tl.where(ok, new_blue, 0.0), 1), 0) / plane
+                mean_r += tl.sum(tl.where(ok, new_red, 0.0)) / plane
+                mean_g += tl.sum(tl.where(ok, new_green, 0.0)) / plane
+                mean_b += tl.sum(tl.where(ok, new_blue, 0.0)) / plane
             else:
                 boxed = _boxed(params_ptr, y, x)
                 written = y[:, None] * W + x[None, :]
@@ -198,7 +198,7 @@ def _blurred_view(
             y, x = first_y + i, first_x + i
             ok = ((i < side) & (y < H))[:, None] & ((i < side) & (x < W))[None, :]
             if sweep == 0:
-                part = tl.sum(tl.sum(tl.where(ok, colour, 0.0), 1), 0) / plane
+                part = tl.sum(tl.where(ok, colour, 0.0)) / plane
                 mean_r += tl.where(channel == 0, part, 0.0)
                 mean_g += tl.where(channel == 1, part, 0.0)
                 mean_b += tl.where(channel == 2, part, 0.0)
@@ -279,7 +279,7 @@ class Config:
 
 
 # By architecture (compute capability; 0 is every other device, which may not know the limit). Pinned: nothing is tuned
-# at run time. With 128 registers a thread two programs share a multiprocessor; left alone the assembler takes up to 194
+# at run time. With 128 registers a thread two programs share a multiprocessor; left alone the assembler takes up to 244
 # on sm_80, and two do not fit. Half as many would spill.
 CONFIGS: dict[int, Config] = {
     0: Config(tile=64, rows=32, columns=64, block=4096, warps=8, stages=1),
