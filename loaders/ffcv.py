@@ -34,7 +34,7 @@ from rocket_fast.image_augment import ImageAugmentConfig
 from rocket_fast.loaders.base import BadSampleError, DataConfig
 from rocket_fast.loaders.cpu import CPULoader, decode_image, read_caption, read_captions
 from rocket_fast.loaders.ordered_map import ordered_map
-from rocket_fast.loaders.shards import ShardSet
+from rocket_fast.loaders.shards import ShardSet, expand_patterns
 from rocket_fast.loaders.sources import CaptionMember
 from rocket_fast.loaders.sources.beton import (
     ALLOCATION,
@@ -45,7 +45,6 @@ from rocket_fast.loaders.sources.beton import (
     PICTURE,
     SAMPLE,
     VERSION,
-    BetonSource,
     picture_arguments,
 )
 from rocket_fast.text_augment import TextAugmentConfig
@@ -76,11 +75,9 @@ class FFCVLoader(CPULoader):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        super().__init__(data, image, text, tokenizer, seed=seed, rank=rank, world_size=world_size)
-        others = [source.name for source in self._shards.sources if not isinstance(source, BetonSource)]
-        if others:
-            self.close()
+        others = [str(found.path) for found in expand_patterns(data.train) if found.path.suffix.lower() != ".beton"]
         require(not others, "data.train", others[:3], "files ending in .beton alone; CPULoader takes others as well")
+        super().__init__(data, image, text, tokenizer, seed=seed, rank=rank, world_size=world_size)
 
 
 @dataclass(frozen=True, kw_only=True)
