@@ -61,7 +61,8 @@ def cached_step(
             states.append(_RandomState())
             embedded.append(embed(micro_batch))
     torch.clear_autocast_cache()  # older torches keep weights cast without a graph, and would drop their gradients
-    output, gradients = _loss_and_gradients(embedded, objective)
+    with without_sync():
+        output, gradients = _loss_and_gradients(embedded, objective)
     after = _RandomState()
     with _running_statistics_kept(model):
         for index, (micro_batch, state) in enumerate(zip(micro_batches, states, strict=True)):
@@ -88,7 +89,8 @@ def _loss_and_gradients(
     ]
     with torch.enable_grad():
         output = objective(_with_tensors(embedded[0], iter(leaves)))
-        whole = torch.autograd.grad(output.total, leaves, allow_unused=True)
+        output.total.backward()  # parameters that the objective itself uses get theirs here
+    whole = [leaf.grad for leaf in leaves]
     gradients: list[list[Tensor | None]] = [[] for _ in embedded]
     for index, gradient in enumerate(whole):
         parts = [tensors[index] for tensors in per_micro_batch]

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rocket_fast.accumulation import cached_step
 from rocket_fast.batch import CompanionOutputs, Embeddings, LossOutput
+from rocket_fast.kernels import clip_loss
 from rocket_fast.losses import LossConfig, build_loss
 from rocket_fast.models.heads import BarLIPConfig, SwALIPPrototypesConfig
 
@@ -214,3 +215,21 @@ def test_two_ranks_with_micro_batches_equal_one_process(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     run_rank(int(sys.argv[1]), Path(sys.argv[2]))
+
+
+def test_a_scale_that_only_the_objective_knows_gets_its_gradient() -> None:
+    own = torch.nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+    tower = torch.nn.Linear(5, 4, dtype=torch.float64)
+    pictures = torch.randn(6, 5, dtype=torch.float64)
+
+    def embed(rows: torch.Tensor) -> Embeddings:
+        return Embeddings(image_z=tower(rows), text_z=rows[:, :4], logit_scale=torch.tensor(1.0, dtype=torch.float64))
+
+    def objective(embeddings: Embeddings) -> LossOutput:
+        return LossOutput(total=clip_loss(embeddings.image_z, embeddings.text_z, own.exp()), metrics={})
+
+    objective(embed(pictures)).total.backward()
+    expected = own.grad.clone(), tower.weight.grad.clone()
+    own.grad = tower.weight.grad = None
+    cached_step(embed, pictures.split(2), objective)
+    torch.testing.assert_close((own.grad, tower.weight.grad), expected)
