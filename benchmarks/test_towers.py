@@ -23,6 +23,7 @@ from plain import PlainCLIP, PlainText, padded
 from torch import Tensor
 
 from rocket_fast.batch import PackedText
+from rocket_fast.device import cpu_peak_bytes
 from rocket_fast.losses import LossConfig, build_loss
 from rocket_fast.models.clip import CLIPConfig, DualEncoder, encode_captions
 from rocket_fast.models.text import TextConfig, TextTower
@@ -99,7 +100,7 @@ class Duel:
             lambda: own.append(timed(self.ours)), setup=lambda: peer.append(timed(self.plain)), rounds=rounds
         )
         ratio = statistics.median(other / mine for other, mine in zip(peer, own, strict=True))
-        memory = [peak_bytes(step) / 2**20 for step in (self.ours, self.plain)]
+        memory = [cpu_peak_bytes(step) / 2**20 for step in (self.ours, self.plain)]
         verdict = (
             f"{self.what}: {1e3 * statistics.median(own):.0f} ms, plain {1e3 * statistics.median(peer):.0f} ms: "
             f"{ratio:.2f} x; memory {memory[0]:.0f} MiB, plain {memory[1]:.0f} MiB: {memory[1] / memory[0]:.2f} x"
@@ -113,19 +114,6 @@ def timed(step: Callable[[], object]) -> float:
     start = time.perf_counter()
     step()
     return time.perf_counter() - start
-
-
-def peak_bytes(step: Callable[[], Any]) -> int:
-    """The most that a step has allocated at any time, tensors made before not counted."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        step()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
 
 
 def text_duel(config: TextConfig, texts: tuple[PackedText, ...]) -> Duel:

@@ -102,7 +102,8 @@ def _forward_backward(
     with without_autocast(x_NP.device.type):
         (samples, features), sides = x_NP.shape, _Sides(x_NP, y_NP)
         by_samples = 4 * samples < 3 * features
-        entries = workspace // (sides.dtype.itemsize * (2 * samples if by_samples else features))
+        # Both Gram matrices' rows, or C's, and as much again where rows are multiplied one by one.
+        entries = workspace // (sides.dtype.itemsize * (3 * samples if by_samples else 2 * features))
         d_x_NP, d_y_NP = (x_NP.new_zeros(x_NP.shape if need_grad else (0,), dtype=sides.dtype) for _ in range(2))
         gradients = (d_x_NP, d_y_NP) if need_grad else None
         total = (_by_samples if by_samples else _by_features)(sides, gradients, max(1, entries))

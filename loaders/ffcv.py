@@ -1,4 +1,4 @@
-"""FFCV: any source written to a .beton file, and batches from such files.
+"""FFCV: any source written to a .beton file.
 
 What FFCV does here: the file format, and in writing its fields and its page allocator, so that FFCV's own ``Loader``
 opens the files too (``custom_fields={"image": picture_field()}``; its decoders only if all pictures are JPEGs). What it
@@ -30,11 +30,10 @@ import numpy as np
 
 from rocket_fast.errors import Failed, optional_import, require
 from rocket_fast.files import write_atomically
-from rocket_fast.image_augment import ImageAugmentConfig
-from rocket_fast.loaders.base import BadSampleError, DataConfig
-from rocket_fast.loaders.cpu import CPULoader, decode_image, read_caption, read_captions
+from rocket_fast.loaders.base import BadSampleError
+from rocket_fast.loaders.cpu import decode_image, read_caption, read_captions
 from rocket_fast.loaders.ordered_map import ordered_map
-from rocket_fast.loaders.shards import ShardSet, expand_patterns
+from rocket_fast.loaders.shards import ShardSet
 from rocket_fast.loaders.sources import CaptionMember
 from rocket_fast.loaders.sources.beton import (
     ALLOCATION,
@@ -47,37 +46,11 @@ from rocket_fast.loaders.sources.beton import (
     VERSION,
     picture_arguments,
 )
-from rocket_fast.text_augment import TextAugmentConfig
-from rocket_fast.tokenizer import Tokenizer
 
 _AHEAD = 16  # samples in hand for each thread
 _CUSTOM, _BYTES = 255, 3  # FFCV's numbers for a field it does not know, and for BytesField
 _JPEG_MODE, _OTHER_MODE = 0, 255  # of a picture; FFCV knows 0, JPEG, and 1, raw pixels
 _TABLE_ROWS = 1 << 18
-
-
-class FFCVLoader(CPULoader):
-    """The CPU loader, over .beton files and nothing else; implements ``loaders.base.Loader``.
-
-    Batches are bit for bit those of ``CPULoader`` on the tars that the files were written from, if those held no bad
-    samples (which are not in a .beton, so all later ones have other places in the order). Every epoch shuffles all
-    samples; each process takes its own part of the order (FFCV's ``distributed=True`` has no part in it).
-    """
-
-    def __init__(
-        self,
-        data: DataConfig,
-        image: ImageAugmentConfig,
-        text: TextAugmentConfig | None,
-        tokenizer: Tokenizer,
-        *,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        others = [str(found.path) for found in expand_patterns(data.train) if found.path.suffix.lower() != ".beton"]
-        require(not others, "data.train", others[:3], "files ending in .beton alone; CPULoader takes others as well")
-        super().__init__(data, image, text, tokenizer, seed=seed, rank=rank, world_size=world_size)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -29,6 +30,19 @@ def build_autocast(precision: Precision, device: torch.device) -> torch.autocast
 def compute_dtype(autocast: torch.autocast) -> torch.dtype:
     """What matrix products, and so attention, are computed in."""
     return torch.bfloat16 if autocast._enabled else torch.float32
+
+
+def cpu_peak_bytes(step: Callable[[], object]) -> int:
+    """The most that torch has allocated on the CPU at any time during ``step``, tensors made before not counted."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        step()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
 
 
 def _cpu_has_amx() -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from interop_support import ids
 from torch import Tensor, nn
 
 from rocket_fast.batch import PackedText
@@ -59,14 +60,6 @@ def pictures(count: int = 5) -> Tensor:
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
-def ids(rows: int = 5) -> Tensor:
-    token_BL = torch.randint(1, 48, (rows, 10), generator=torch.Generator().manual_seed(1))
-    for row in range(rows):
-        token_BL[row, 9 - row :] = 0
-        token_BL[row, 9 - row] = 49
-    return token_BL
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("z_weight", [0.0, 0.3, 1.0])
 def test_a_plain_cosine_is_the_ensembles_score(name: str, z_weight: float):
@@ -74,16 +67,16 @@ def test_a_plain_cosine_is_the_ensembles_score(name: str, z_weight: float):
     exported = ExportedModel(model, z_weight=z_weight)
     with torch.no_grad():
         images = Encoded.of(*model.encode_image(pictures()))
-        texts = Encoded.of(*model.encode_text(PackedText.from_padded(ids())))
+        texts = Encoded.of(*model.encode_text(PackedText.from_padded(ids(5))))
         image_BD, text_BD = (
             exported.encode_image(pictures(), normalize=True),
-            exported.encode_text(ids(), normalize=True),
+            exported.encode_text(ids(5), normalize=True),
         )
     torch.testing.assert_close(image_BD @ text_BD.T, similarity(images, texts, z_weight), atol=1e-6, rtol=0)
-    image, text, scale = exported(pictures(), ids())
+    image, text, scale = exported(pictures(), ids(5))
     assert torch.equal(image, image_BD)
     assert torch.equal(text, text_BD)
-    assert exported(text=ids())[0] is None
+    assert exported(text=ids(5))[0] is None
     expected = (z_weight / 0.07 + (1 - z_weight) / 0.1) if name in ("vit", "conv") else 1 / 0.07
     assert scale.item() == pytest.approx(expected)
 
@@ -95,8 +88,8 @@ def test_one_head_alone_is_its_own_output(head: Head):
     number = ("z", "h").index(head)
     with torch.no_grad():
         torch.testing.assert_close(exported.encode_image(pictures()), model.encode_image(pictures())[number])
-        own = model.encode_text(PackedText.from_padded(ids()))[number]
-        torch.testing.assert_close(exported.encode_text(ids()), own, atol=1e-6, rtol=1e-6)
+        own = model.encode_text(PackedText.from_padded(ids(5)))[number]
+        torch.testing.assert_close(exported.encode_text(ids(5)), own, atol=1e-6, rtol=1e-6)
     assert exported.logit_scale.exp().item() == pytest.approx((1 / 0.07, 10)[number])
     assert model.encode_image(pictures())[0].requires_grad  # the copy is frozen, the model is not
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from rocket_fast import distributed, exchange
 from rocket_fast.batch import CompanionOutputs, Embeddings
+from rocket_fast.device import cpu_peak_bytes
 from rocket_fast.kernels import siglip_loss
 from rocket_fast.losses import LossConfig, build_loss, siglip_loss_over_ranks
 from rocket_fast.models.heads import BarLIPConfig, BYOLIPConfig, SiamLIPConfig, SwALIPConfig, SwALIPPrototypesConfig
@@ -241,20 +242,8 @@ def bytes_sent_and_peak(step: Callable[[], Any]) -> tuple[float, int]:
                 patches.enter_context(
                     unittest.mock.patch.object(dist, name, counting(getattr(dist, name), argument, times))
                 )
-        peak = peak_bytes(step)
+        peak = cpu_peak_bytes(step)
     return sum(sent), peak
-
-
-def peak_bytes(step: Callable[[], Any]) -> int:
-    """The most that a step has allocated at any time, tensors made before not counted."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
 
 
 def run_rank(rank: int, folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from interop_support import assert_equal, ids, shaken
 from torch import Tensor, nn
 
 from rocket_fast.batch import PackedText
@@ -39,22 +40,6 @@ def pictures() -> Tensor:
     return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
-def ids() -> Tensor:
-    token_BL = torch.randint(1, 48, (3, 10), generator=torch.Generator().manual_seed(1))
-    for row in range(3):
-        token_BL[row, 9 - row :] = 0
-        token_BL[row, 9 - row] = 49
-    return token_BL
-
-
-def shaken(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * (torch.rand(parameter.shape, generator=generator) - 0.5))
-    return model.eval()
-
-
 def hf_model(vision: dict[str, Any] | None = None, text: dict[str, Any] | None = None) -> nn.Module:
     config = transformers.CLIPConfig(
         vision_config=VISION | (vision or {}), text_config=TEXT | (text or {}), projection_dim=12
@@ -65,12 +50,6 @@ def hf_model(vision: dict[str, Any] | None = None, text: dict[str, Any] | None =
 def pooled(output: Any) -> Tensor:
     """transformers 5 gives an output object, 4 the tensor."""
     return output if isinstance(output, Tensor) else output.pooler_output
-
-
-def assert_equal(own_BD: Tensor, expected_BD: Tensor) -> None:
-    """To 1e-6 of the vectors' lengths."""
-    length_B1 = expected_BD.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(own_BD / length_B1, expected_BD / length_B1, atol=1e-6, rtol=0)
 
 
 def assert_same(model: DualEncoder, other: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from interop_support import assert_equal, ids, shaken
 from torch import Tensor, nn
 
 from rocket_fast.batch import PackedText
@@ -37,26 +38,6 @@ def normalized(pixel_BCHW: Tensor, mean: Any, std: Any) -> Tensor:
     return (pixel_BCHW - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
 
-def ids(rows: int = 3, length: int = 10, vocab: int = 50) -> Tensor:
-    """Captions of different lengths, zero-padded, each with the largest id at its end."""
-    token_BL = torch.randint(1, vocab - 2, (rows, length), generator=torch.Generator().manual_seed(1))
-    for row in range(rows):
-        token_BL[row, 0], token_BL[row, length - 1 - row :] = vocab - 2, 0
-        token_BL[row, length - 1 - row] = vocab - 1
-    return token_BL
-
-
-def shaken(model: nn.Module) -> nn.Module:
-    """Every parameter moved, so that no zero, one or equal pair hides a wrong name."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point():
-                noise = torch.rand(tensor.shape, generator=generator)
-                tensor.add_(0.1 * noise if "var" in name or "scale" in name else 0.2 * (noise - 0.5))
-    return model.eval()
-
-
 def save_folder(model: nn.Module, settings: dict[str, Any], folder: Path, **pixels: Any) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": settings, "preprocess_cfg": pixels}))
@@ -70,12 +51,6 @@ def theirs(settings: dict[str, Any]) -> nn.Module:
     settings = dict(settings)
     kind = open_clip.CustomTextCLIP if settings.pop("custom_text", False) else open_clip.CLIP
     return shaken(kind(**settings))
-
-
-def assert_equal(own_BD: Tensor, expected_BD: Tensor) -> None:
-    """To 1e-6 of the vectors' lengths."""
-    length_B1 = expected_BD.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(own_BD / length_B1, expected_BD / length_B1, atol=1e-6, rtol=0)
 
 
 def assert_same(model: DualEncoder, other: nn.Module, image_BCHW: Tensor, token_BL: Tensor) -> None:

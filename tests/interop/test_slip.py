@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interop_support import assert_equal
 from torch import Tensor
 
 from rocket_fast.batch import PackedText
@@ -31,12 +32,6 @@ def checkpoint() -> dict[str, Tensor]:
     state |= {"image_projection": torch.randn(24, 12), "logit_scale": torch.tensor(3.0)}
     state |= {"image_mlp.layer1.weight": torch.zeros(4, 24), "image_mlp.bn1.num_batches_tracked": torch.tensor(3)}
     return {f"module.{name}": tensor for name, tensor in state.items()}
-
-
-def assert_equal(own_BD: Tensor, expected_BD: Tensor) -> None:
-    """To 1e-6 of the vectors' lengths."""
-    length_B1 = expected_BD.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(own_BD / length_B1, expected_BD / length_B1, atol=1e-6, rtol=0)
 
 
 def test_slips_models_are_read(tmp_path: Path):

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from rocket_fast import kernels
+from rocket_fast.device import cpu_peak_bytes
 from rocket_fast.kernels import contrastive, positives, reference, sigmoid, tiled
 
 F64 = {"rtol": 1e-11, "atol": 1e-11}
@@ -583,14 +584,7 @@ def test_memory_is_the_workspace_and_what_the_docstring_says() -> None:
 
     def peak(dtype: torch.dtype, **options: Any) -> int:
         x, y = (leaf(torch.randn(size, width, dtype=dtype)) for size in (rows, columns))
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            kernels.clip_loss(x, y, 3.0, workspace_mib=0.25, **options).backward()
-        events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-        now = most = 0
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            now += event.nbytes()
-            most = max(most, now)
-        return most
+        return cpu_peak_bytes(lambda: kernels.clip_loss(x, y, 3.0, workspace_mib=0.25, **options).backward())
 
     slack = 2 * 2**20
     assert peak(torch.float32) < side + slack  # the gradient

@@ -4,7 +4,6 @@ import contextlib
 import io
 import itertools
 import json
-import tarfile
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -12,16 +11,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from loader_support import TOKENIZER, VIEWS, assert_same, opened, write_members
 
-from rocket_fast.image_augment import ImageAugmentConfig, recipe_augment, strong_view, weak_view
+from rocket_fast.image_augment import ImageAugmentConfig, recipe_augment, weak_view
 from rocket_fast.loaders.base import BadSampleError, DataConfig
 from rocket_fast.loaders.cpu import CPULoader, decode_image, iter_eval
-from rocket_fast.text_augment import TextAugmentConfig
-from rocket_fast.tokenizer import Tokenizer
 
 Image = pytest.importorskip("PIL.Image")
-VIEWS = ImageAugmentConfig(weak=weak_view(12), strong=(strong_view(10), strong_view(10)))
-TOKENIZER = Tokenizer()
 
 
 def encoded(picture, image_format="PNG", **options):
@@ -36,39 +32,11 @@ def colours(height=20, width=16, seed=0):
     return np.asarray(Image.fromarray(small).resize((width, height), Image.BICUBIC))
 
 
-def write_members(path, samples):
-    with tarfile.open(path, "w") as tar:
-        for key, members in samples.items():
-            for kind, content in members.items():
-                info = tarfile.TarInfo(f"{key}.{kind}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-
-
 @pytest.fixture
 def data(tmp_path, write_shard):
     write_shard(tmp_path / "s0.tar", 50, 0)
     write_shard(tmp_path / "s1.tar", 37, 1)
     return DataConfig(train=(f"{tmp_path}/s*.tar",), batch_size=10, workers=2)
-
-
-@contextlib.contextmanager
-def opened(data, image=VIEWS, text=TextAugmentConfig(), **options):  # noqa: B008
-    loader = CPULoader(data, image, text, TOKENIZER, **{"seed": 5, **options})
-    try:
-        yield loader
-    finally:
-        loader.close()
-
-
-def assert_same(one, other):
-    assert one.keys == other.keys
-    assert torch.equal(one.valid, other.valid)
-    for a, b in zip(one.images, other.images, strict=True):
-        assert torch.equal(a, b)
-    for a, b in zip(one.texts, other.texts, strict=True):
-        assert torch.equal(a.tokens, b.tokens)
-        assert torch.equal(a.lengths, b.lengths)
 
 
 def by_key(batches):

@@ -1,8 +1,10 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rocket_fast.batch import PackedText
+from rocket_fast.device import cpu_peak_bytes
 from rocket_fast.kernels.packed_attention import packed_attention
 from rocket_fast.models import attention as module
 from rocket_fast.models.attention import (
@@ -181,3 +183,33 @@ def test_backends_agree_on_cuda(name):
     found = backend.packed(packed.cuda().bfloat16(), layout), backend.rows(rows.cuda().bfloat16(), causal=False)
     for got, wanted in zip(found, exact, strict=True):
         torch.testing.assert_close(got.double().cpu(), wanted, rtol=2e-2, atol=2e-2)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_cheap_checkpointing_repeats_no_product_and_keeps_less():
+    products, memory = {}, {}
+    layer = TransformerBlock(64, 4, 256, norm_eps=1e-6, activation=F.gelu, causal=False)
+    for checkpointing in ("none", "cheap", "blocks"):
+
+        def step(checkpointing=checkpointing):
+            x = torch.randn(8, 40, 64, requires_grad=True)
+            for _ in range(4):
+                x = run_block(layer, x, checkpointing=checkpointing)
+            x.sum().backward()
+
+        with Products() as counted:
+            step()
+        products[checkpointing], memory[checkpointing] = counted.count, cpu_peak_bytes(step)
+    assert products["none"] == products["cheap"] < products["blocks"]
+    assert memory["blocks"] < memory["cheap"] < memory["none"]

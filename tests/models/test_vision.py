@@ -170,6 +170,15 @@ def test_timm_towers_pool_their_features_at_any_size(name, width):
         assert tower(torch.empty(2, 3, 64, 96)).shape == (2, width)
 
 
+def test_timm_towers_work_on_channels_last():
+    seen = []
+    tower = build_vision(TimmConfig(name="resnet50"))
+    tower.trunk.layer1.register_forward_hook(lambda *call: seen.append(call[2]))
+    tower(torch.randn(2, 3, 64, 64))
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert not seen[0].is_contiguous()
+
+
 def test_missing_timm_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(MissingExtra, match=r"timm .* pip install 'rocket-fast\[train\]'"):
