@@ -1,7 +1,7 @@
 """The towers against the same model written the plain way (benchmarks/plain.py), with the same weights in one process.
 
 Captions: emoji names and keywords (data/emoji, where it was built), and web-like ones: words of WordNet and stop words
-(three in eight) in log-normal numbers, median 10, shape .65, through the recipe's augmentation of one weak and two
+(three in eight) in log-normal numbers, median 10, shape .8, through the recipe's augmentation of one weak and two
 strong views and its tokenizer; the histogram of their lengths is printed. Ours is what pytest-benchmark times; before
 each of its rounds the peer takes one. Without timing (``--benchmark-disable``) everything is tiny.
 """
@@ -43,7 +43,7 @@ def web_captions(count: int) -> list[str]:
     content = sorted({other for noun in nouns for other in (noun, *synonyms(noun))})
     filler = sorted(stopwords())
     captions = []
-    for words in np.exp(rng.normal(np.log(10), 0.65, count)).round().clip(1, 70).astype(int):
+    for words in np.exp(rng.normal(np.log(10), 0.8, count)).round().clip(1, 70).astype(int):
         pools = [filler if rng.random() < 0.375 else content for _ in range(words)]
         captions.append(" ".join(str(rng.choice(pool)) for pool in pools))
     return captions
@@ -167,12 +167,12 @@ def step_duel(config: CLIPConfig, texts: tuple[PackedText, ...], batch: int) -> 
 @pytest.mark.parametrize("captions", [web_captions, emoji_captions], ids=["web", "emoji"])
 def test_text_tower(captions: Callable[[int], list[str]], benchmark: Any) -> None:
     small = benchmark.disabled
-    texts = captions(4 if small else 128)
+    texts = captions(4 if small else 256)
     if not texts:
         pytest.skip("data/emoji was not built")
     views = views_of(texts)
     print("\n" + histogram(views))
-    config = TextConfig(width=64, heads=2, layers=1) if small else TextConfig(layers=3)
+    config = TextConfig(width=64, heads=2, layers=1) if small else TextConfig(layers=2)
     text_duel(config, views).run(benchmark, rounds=1 if small else 5)
 
 

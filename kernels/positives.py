@@ -29,12 +29,11 @@ def pair_products(x_ND: Tensor, y_MD: Tensor, row_E: Tensor, column_E: Tensor, w
     by pair in a fixed order.
     """
     step = max(1, workspace // (2 * x_ND.shape[1] * x_ND.element_size()))
-    with without_autocast(x_ND.device.type):
-        parts = [
-            torch.linalg.vecdot(x_ND.index_select(0, row_S), y_MD.index_select(0, column_S))
-            for row_S, column_S in zip(row_E.split(step), column_E.split(step), strict=True)
-        ]
-        return torch.cat(parts) if parts else x_ND.new_empty(0)
+    parts = [
+        torch.linalg.vecdot(x_ND.index_select(0, row_S), y_MD.index_select(0, column_S))
+        for row_S, column_S in zip(row_E.split(step), column_E.split(step), strict=True)
+    ]
+    return torch.cat(parts) if parts else x_ND.new_empty(0)
 
 
 @pair_products.register_fake
@@ -169,7 +168,7 @@ def soft_terms(
     normalize: bool,
     workspace: int,
 ) -> tuple[Tensor, Tensor]:
-    """Losses (2,) image to text and text to image, and the accuracies (2,) of both in percent.
+    """Losses (2,) image to text and text to image, and the accuracies (2,) of both in percent; not under autocast.
 
     ``lse``, ``top``: log-sum-exps (float64) and maxima of the logits' rows (N,) and columns (M,).
     """

@@ -29,6 +29,7 @@ from rocket_fast.losses import LossConfig, build_loss, siglip_loss_over_ranks
 from rocket_fast.models.heads import BarLIPConfig, BYOLIPConfig, SiamLIPConfig, SwALIPConfig, SwALIPPrototypesConfig
 
 SIZES = [(7,), (4, 4), (6, 1), (3, 1, 4), (2, 3, 1, 2)]  # local batches
+EXCHANGES: tuple[Any, ...] = ("auto", "one_sided", "all_gather")
 ROWS = 1024  # of the local batches whose traffic and memory are looked at
 WIDTH = 6
 COMPANIONS = {
@@ -175,6 +176,24 @@ def siglip(sizes: tuple[int, ...]) -> dict[str, Any]:
     return {"siglip": loss.detach()} | {f"siglip grad {i}": g / len(sizes) for i, g in enumerate(gradients)}
 
 
+def without_samples(sizes: tuple[int, ...]) -> dict[str, Any]:
+    """Rank 1 has no samples: what can do without gives the whole loss, the rest is refused by all ranks alike."""
+    everyone = samples(sum(sizes), torch.float64)[:2]
+    image, text = own_part(everyone, sizes, dim=1)
+    own = Embeddings(image_z=image, text_z=text, logit_scale=torch.tensor(3.0, dtype=torch.float64))
+    results = {f"empty {scheme}": build_loss(LossConfig(exchange=scheme), None)(own).total for scheme in EXCHANGES}
+    refused = (
+        lambda: build_loss(LossConfig(gather_grad=False), None)(own),
+        lambda: siglip_loss_over_ranks(image, text, 3.0, -2.0),
+    )
+    for loss in refused:
+        with pytest.raises(
+            ValueError, match=r"samples of the ranks: got \[4, 0\], expected at least one on every rank"
+        ):
+            loss()
+    return results
+
+
 def siglip_parameters() -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(5)
     maps = (torch.randn(WIDTH, 5, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -265,6 +284,7 @@ def run_rank(rank: int, folder: Path) -> None:
         everything[str(sizes)] = work(sizes, index, exact_schemes, without_gradients_across, collectives, siglip)
     for world in (2, 4):
         everything[f"traffic {world}"] = work((ROWS,) * world, len(SIZES) + world, traffic_and_memory)
+    everything["without samples"] = work((4, 0), 100, without_samples)
     torch.save(everything, folder / f"{rank}.pt")
 
 
@@ -393,6 +413,16 @@ def test_collectives_and_siglip(ranks: list[dict[str, Any]], sizes: tuple[int, .
             torch.testing.assert_close(result[name], value, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
         ones = torch.ones(size, WIDTH, dtype=torch.float64)
         torch.testing.assert_close(result["gathered grad"], sum(range(1, len(sizes) + 1)) * ones, rtol=0, atol=0)
+
+
+@pytest.mark.system
+def test_a_rank_without_samples(ranks: list[dict[str, Any]]) -> None:
+    image, text = samples(4, torch.float64)[:2]
+    whole = Embeddings(image_z=image, text_z=text, logit_scale=torch.tensor(3.0, dtype=torch.float64))
+    expected = build_loss(LossConfig(), None)(whole).total
+    for result in ranks[:2]:
+        for scheme in EXCHANGES:
+            torch.testing.assert_close(result["without samples"][f"empty {scheme}"], expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.system
