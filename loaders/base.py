@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from torch import Tensor
@@ -17,6 +17,7 @@ from rocket_fast.batch import Batch
 from rocket_fast.errors import require
 
 IMAGE_STREAM, TEXT_STREAM = 0, 1
+Backend = Literal["auto", "cpu", "dali"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,8 @@ class DataConfig:
     """Cut off margins of one colour before any view is made, in evaluation too: drawings on canvases of all sizes."""
     pixel_limit: int = 100_000_000
     """Larger pictures are skipped before they are decoded (decompression bombs)."""
+    backend: Backend = "auto"
+    """What decodes and renders: threads of the CPU, or DALI, on CUDA; auto is the CPU for now."""
 
     def __post_init__(self) -> None:
         patterns = not isinstance(self.train, str) and len(self.train) > 0
@@ -56,6 +59,7 @@ class DataConfig:
         require(self.captions in ("txt", "several"), "data.captions", self.captions, "'txt' or 'several'")
         require(self.prefetch >= 0, "data.prefetch", self.prefetch, "a number >= 0")
         require(self.pixel_limit >= 1, "data.pixel_limit", self.pixel_limit, "a number >= 1")
+        require(self.backend in get_args(Backend), "data.backend", self.backend, f"one of {get_args(Backend)}")
 
 
 class Loader(Protocol):

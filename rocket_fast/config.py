@@ -239,7 +239,18 @@ def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
 
 def provenance() -> dict[str, Any]:
     """Versions, git commit and command line: what a reader needs to run the same again."""
-    packages = ("torch", "numpy", "triton", "xformers", "timm", "numba", "pillow", "simplejpeg", "tyro")
+    packages = (
+        "torch",
+        "numpy",
+        "triton",
+        "xformers",
+        "timm",
+        "numba",
+        "pillow",
+        "simplejpeg",
+        "tyro",
+        "nvidia-dali-cuda130",
+    )
     versions: dict[str, str | None] = {}
     for package in packages:
         try:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 from collections.abc import Iterator
-from importlib import metadata
 from typing import Any
 
 import torch
 
 from rocket_fast.device import build_autocast, choose_device
-from rocket_fast.errors import optional_import
+from rocket_fast.errors import installed, optional_import
+from rocket_fast.loaders.base import DataConfig
+from rocket_fast.loaders.choose import choose_loader
 from rocket_fast.models.attention import choose_attention
 from rocket_fast.version import __version__
 
@@ -63,12 +63,11 @@ def findings() -> Iterator[tuple[str, str]]:
     yield "device, precision", f"auto takes {device}, {'bf16' if bf16 else 'fp32'} (bf16 is {reason})"
     attention = choose_attention(device.type, torch.bfloat16 if bf16 else torch.float32, head_width=64)
     yield "attention", f"auto takes {attention.name} ({attention.reason})"
-    yield (
-        "loader",
-        "cpu: threads that read tars in place; every epoch shuffles all samples (of parquet: 8 row groups at a time)",
-    )
+    loader = choose_loader(DataConfig(train=("any.tar",)), device)
+    order = "every epoch shuffles all samples (of parquet: 8 row groups at a time)"
+    yield "loader", f"auto takes {loader.name} ({loader.reason}); {order}"
     for extra, modules in OPTIONAL.items():
-        missing = [module for module in modules if not _found(module)]
+        missing = [module for module in modules if not installed(module)]
         yield (
             f"extra {extra}",
             f"lacks {', '.join(missing)}: pip install 'rocket-fast[{extra}]'" if missing else "installed",
@@ -82,10 +81,3 @@ def doctor_table() -> Any:
     for subject, finding in findings():
         table.add_row(subject, text(finding))  # plain text: brackets name an extra here, not a colour
     return table
-
-
-def _found(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError, metadata.PackageNotFoundError):
-        return False

@@ -1,6 +1,7 @@
 """Errors written for the person who meets them: the argument, the value got, the value expected."""
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from types import ModuleType
 
@@ -25,6 +26,14 @@ def require(condition: bool, argument: str, got: object, expected: str | Callabl
     if not condition:
         text = expected if isinstance(expected, str) else expected()
         raise InvalidArgument(f"{argument}: got {got!r}, expected {text}")
+
+
+def installed(module: str) -> bool:
+    """Whether ``module`` is there to be imported, without importing it (but for the packages that it is in)."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def optional_import(module: str, extra: str) -> ModuleType:

@@ -38,7 +38,7 @@ from rocket_fast.export import SavedModel
 from rocket_fast.files import remove_leftovers, write_atomically
 from rocket_fast.image_augment import normalize
 from rocket_fast.loaders.base import Loader
-from rocket_fast.loaders.cpu import CPULoader
+from rocket_fast.loaders.choose import open_loader
 from rocket_fast.losses import build_loss
 from rocket_fast.metrics import JsonlLog, Stopwatch, TrainingBar
 from rocket_fast.models.attention import use_attention
@@ -112,7 +112,7 @@ class Trainer:
         _check_folder(config, self.checkpoints, resume=resume)
         torch.manual_seed(config.seed)
         self.tokenizer = Tokenizer(context_length=config.model.text.context_length)
-        self.loader: Loader = CPULoader(
+        self.loader, self.loading = open_loader(
             config.data,
             config.image,
             config.text,
@@ -120,6 +120,7 @@ class Trainer:
             seed=config.seed,
             rank=rank(),
             world_size=world_size(),
+            device=self.device,
         )
         self.model = DualEncoder(config.model).to(self.device)
         self.attention = use_attention(
@@ -339,6 +340,7 @@ class Trainer:
         attention = "/".join(dict.fromkeys(choice.name for choice in self.attention))
         where = f"{self.device.type} x {world_size()}, {self.autocast_name}"
         where += f", attention by {attention}" if attention else ""
+        where += f", pictures by {self.loading.name} ({self.loading.reason})"
         start = f"continuing at step {self.step} of {last}" if self.step else f"{last} steps"
         if self.step >= last:
             start = f"already trained to step {self.step}, evaluating"
