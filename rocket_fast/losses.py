@@ -80,7 +80,7 @@ class Objective(nn.Module):
         ``swalip_logit_scale``.
         """
         with torch.autocast(embeddings.image_z.device.type, enabled=False):
-            ranks = AllRanks(embeddings.image_z)
+            ranks = AllRanks(embeddings.image_z, embeddings.text_z)
             terms = multiview_terms(
                 embeddings,
                 ranks,
@@ -114,7 +114,7 @@ def siglip_loss_over_ranks(
 
     A rank gathers the texts and takes its own images against them. Row counts may differ between ranks.
     """
-    ranks = AllRanks(image_ND)
+    ranks = AllRanks(image_ND, text_ND)
     ranks.require_samples()
     ((text_MD,),) = ranks.gather((text_ND,))
     own = siglip_loss(image_ND, text_MD, logit_scale, logit_bias, row_offset=ranks.first_row, normalize=normalize)

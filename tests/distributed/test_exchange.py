@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from rocket_fast import distributed, exchange
 from rocket_fast.batch import CompanionOutputs, Embeddings
 from rocket_fast.device import cpu_peak_bytes
+from rocket_fast.interop.open_clip import ClipLoss, SigLipLoss
 from rocket_fast.kernels import siglip_loss
 from rocket_fast.losses import LossConfig, build_loss, siglip_loss_over_ranks
 from rocket_fast.models.heads import BarLIPConfig, BYOLIPConfig, SiamLIPConfig, SwALIPConfig, SwALIPPrototypesConfig
@@ -161,9 +162,31 @@ def collectives(sizes: tuple[int, ...]) -> dict[str, Any]:
     ).sum().backward()  # another loss on every rank: gradients add up to 1 + 2 + ...
     results = {"gathered": gathered.detach(), "gathered grad": leaf.grad}
     constants = leaf.detach().unsqueeze(1).expand(-1, 2, -1), torch.arange(len(leaf), dtype=torch.int32)
+    if len(sizes) > 1:
+        require_refusals_on_every_rank(leaf)
     together = distributed.gather_together([*constants, leaf.to(torch.bfloat16)], distributed.row_counts(leaf))
     assert [tensor.requires_grad for tensor in together] == [False, False, True]
     return results | {f"together {i}": tensor.detach() for i, tensor in enumerate(together)}
+
+
+def require_refusals_on_every_rank(own: Tensor) -> None:
+    """What fits on some ranks only is refused by all of them, so that none waits for another."""
+    last = distributed.rank() == distributed.world_size() - 1
+    refused = {
+        r"tensors: got shapes .* expected a dimension of samples": own.sum() if last else own,
+        r"tensors: got .*, expected widths and dtypes that are the same": own[:, 1:] if last else own,
+        r"expected widths and dtypes": own.float() if last else own,
+    }
+    for message, tensor in refused.items():
+        with pytest.raises(ValueError, match=message):
+            distributed.gather(tensor)
+    with pytest.raises(ValueError, match=r"tensor: got <class 'list'>, expected a tensor"):
+        distributed.gather([1.0])  # type: ignore[arg-type]
+    texts = torch.cat([own, own]) if last else own
+    place = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+    for loss in (ClipLoss(**place), SigLipLoss(**place)):
+        with pytest.raises(ValueError, match=r"rows by rank', expected equally many in all of a rank"):
+            loss(own, texts, 1.0, 0.0)
 
 
 def siglip(sizes: tuple[int, ...]) -> dict[str, Any]:

@@ -341,7 +341,7 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         lambda: kernels.clip_loss(X, X.half(), 1.0),
         "text_MD: got torch.float16, expected the dtype of image_ND, torch.float32",
     ),
-    "integers": (lambda: kernels.clip_loss(X.long(), X.long(), 1.0), "image_ND: got torch.int64, expected a floating"),
+    "integers": (lambda: kernels.clip_loss(X.long(), X.long(), 1.0), "image_ND: got torch.int64, expected float16"),
     "device": (
         lambda: kernels.clip_loss(X, X.to("meta"), 1.0),
         "text_MD: got device.*meta.*, expected the device of image_ND, cpu",
