@@ -141,7 +141,7 @@ def _summary(request: PlanRequest, config: TrainConfig, prediction: Prediction) 
         "samples per second": f"{rate:,.0f}, {rate / count:,.0f} a GPU; {config_views(config)} each",
         "step, MFU": f"{1e3 * prediction.seconds:,.1f} ms, {100 * prediction.mfu:.1f}% of the dense peak",
         "how": f"{how}; captions of {request.tokens} tokens",
-        "CPU cores a GPU": f"{prediction.cores:.0f} busy with decoding and augmenting",
+        "CPU cores a GPU": f"{prediction.cores:.1f} busy with decoding and augmenting",
         "efficiency assumed": f"{reached.matmul:.2f} of products' peak, {reached.memory:.2f} of the bandwidth",
     }
     samples = request.known_samples

@@ -63,7 +63,8 @@ class Efficiency:
 
 
 COMPILED = Efficiency(matmul=0.50, memory=0.55)
-"""Of compiled towers with fused attention: from ViT-S/16's published 7,716 images/s on an H100."""
+"""Of compiled towers with fused attention: from ViT-S/16's published 7,716 images/s on an H100, one figure for two
+constants."""
 
 WHOLE_RUNS = Efficiency(matmul=0.40, memory=0.25)
 """Of towers run operation by operation: from open_clip's runs of 2021 to 2023 on hundreds of A100s, everything included
