@@ -188,10 +188,11 @@ def memory(workload: Workload, machines: Machines, per_device: int, accumulation
 
 
 def activations(workload: Workload, machines: Machines) -> float:
-    """Bytes a sample: what the towers and heads keep, and what the widest block's backward pass has beside."""
-    style, kept, working = _style(workload, machines), Numbers(), [Numbers()]
+    """Bytes a sample: what the towers and heads keep, and what the widest layer's backward pass has beside."""
+    style, kept, working = _style(workload, machines), Numbers(), []
     for part, policy in _parts(workload).values():
         kept += part.kept
+        working.append(part.working)
         if part.blocks is not None:
             kept += part.blocks.kept(policy, style) * part.blocks.layers
             working.append(part.blocks.working(policy, style))
@@ -277,7 +278,7 @@ class _Exchange:
         return (5 if self.one_sided else 3) if self.gradients else 2
 
 
-def _companion(workload: Workload, exchange: _Exchange, machines: Machines) -> tuple[float, float, float]:
+def _companion(workload: Workload, exchange: _Exchange) -> tuple[float, float, float]:
     """FLOPs, bytes moved, and bytes sent by the companion's loss; what its heads cost is counted with the heads."""
     companion, b = workload.config.model.companion, workload.itemsize
     samples, others = exchange.samples, exchange.samples - exchange.rows
@@ -424,9 +425,9 @@ def _loss(exchange: _Exchange, workload: Workload, machines: Machines) -> PartOf
 
 
 def _companion_part(exchange: _Exchange, workload: Workload, machines: Machines) -> list[PartOfStep]:
-    if workload.config.model.companion is None:
+    flops, moved, sent = _companion(workload, exchange)
+    if not flops:
         return []
-    flops, moved, sent = _companion(workload, exchange, machines)
     sent = sent if machines.count > 1 else 0.0
     seconds = machines.seconds(flops, moved, workload.itemsize) + machines.sending(sent, 2 * (sent > 0))
     return [PartOfStep(name="companion's loss", flops=flops, moved=moved, sent=sent, seconds=seconds)]

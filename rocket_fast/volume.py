@@ -125,12 +125,14 @@ class Blocks:
 class Part:
     """A tower, or all heads: of one sample in all its views.
 
-    ``kept``, ``moved`` (forward and backward): outside of transformer blocks. ``batch_norms``, ``layers``: passes of a
-    step through batch norms and through leaf modules, outside of blocks; they do not grow with the batch.
+    ``kept``, ``moved`` (forward and backward): outside of transformer blocks. ``working``: two gradients of the largest
+    result of a layer there. ``batch_norms``, ``layers``: passes of a step through batch norms and through leaf modules,
+    outside of blocks; they do not grow with the batch.
     """
 
     blocks: Blocks | None = None
     kept: Numbers = field(default_factory=Numbers)
+    working: Numbers = field(default_factory=Numbers)
     moved: Numbers = field(default_factory=Numbers)
     batch_norms: int = 0
     layers: int = 0
@@ -195,10 +197,11 @@ def _text(config: TrainConfig, views: int, tokens: int) -> Part:
 def _counted(module: nn.Module, inputs: Sequence[Tensor], *, together: bool = False) -> Part:
     """On meta tensors of two samples: what autograd keeps, what leaf modules read and write; backward moves it twice.
 
-    ``together``: one call with all inputs, else one for each.
+    Products' own reading and writing is their efficiency's affair. ``together``: one call with all inputs, else one for
+    each.
     """
     kept: dict[int, Tensor] = {}
-    found = {"moved": 0, "batch_norms": 0, "layers": 0}
+    found = {"moved": 0, "largest": 0, "batch_norms": 0, "layers": 0}
 
     def pack(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage()._cdata] = tensor
@@ -206,7 +209,9 @@ def _counted(module: nn.Module, inputs: Sequence[Tensor], *, together: bool = Fa
 
     def note(leaf: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         tensors = [each for each in (*arguments, output) if isinstance(each, Tensor)]
-        found["moved"] += sum(tensor.numel() for tensor in tensors)
+        if not isinstance(leaf, nn.Linear | nn.modules.conv._ConvNd):
+            found["moved"] += sum(tensor.numel() for tensor in tensors)
+        found["largest"] = max(found["largest"], *(tensor.numel() for tensor in tensors))
         found["batch_norms"] += isinstance(leaf, nn.modules.batchnorm._BatchNorm)
         found["layers"] += 1
 
@@ -221,6 +226,7 @@ def _counted(module: nn.Module, inputs: Sequence[Tensor], *, together: bool = Fa
     sizes = [tensor.untyped_storage().nbytes() / 4 for key, tensor in kept.items() if key not in own]
     return Part(
         kept=Numbers(0, sum(sizes) / 2),
+        working=Numbers(0, 2 * found["largest"] / 2),
         moved=Numbers(0, 3 * found["moved"] / 2),
         batch_norms=found["batch_norms"],
         layers=found["layers"],
