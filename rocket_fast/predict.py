@@ -67,8 +67,8 @@ COMPILED = Efficiency(matmul=0.50, memory=0.55)
 constants."""
 
 WHOLE_RUNS = Efficiency(matmul=0.40, memory=0.25)
-"""Of towers run operation by operation: from open_clip's runs of 2021 to 2023 on hundreds of A100s, everything included
-that such a run waits for. Neither comes from this project on a GPU; see benchmarks/results/plan.md.
+"""Of towers run operation by operation: from open_clip's runs on hundreds of A100s and NeMo's on 8 H100s, everything
+included that such a run waits for. Neither comes from this project on a GPU; see benchmarks/results/plan.md.
 """
 
 
