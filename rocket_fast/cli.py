@@ -18,6 +18,7 @@ from rocket_fast.export import ExportFormat, Head
 from rocket_fast.interop.detect import Format
 from rocket_fast.loaders.convert import PackConfig, pack
 from rocket_fast.loaders.emoji import EmojiConfig, build_emoji
+from rocket_fast.plan import TYPICAL_TOKENS
 from rocket_fast.presets import overview, preset
 
 Checkpoint = Literal["last", "best"]
@@ -27,6 +28,7 @@ def dispatch(arguments: list[str]) -> None:
     """Run the command that ``arguments`` name; raises what the command raises."""
     commands: dict[str, Callable[..., Any]] = {
         "train": _train_command(arguments),
+        "plan": _plan_command(arguments),
         "eval": evaluate,
         "export": export,
         "import": import_model,
@@ -44,14 +46,20 @@ def dispatch(arguments: list[str]) -> None:
     tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog=prog, config=(tyro.conf.AvoidSubcommands,))
 
 
-def _train_command(arguments: list[str]) -> Callable[..., None]:
-    """``train``, with the options and defaults of the preset that the arguments name."""
+def _chosen_preset(arguments: list[str]) -> str:
+    """The preset that the arguments name, whose fields are the command's options; else the demo."""
     chosen = "demo"
     for here, following in zip(arguments, [*arguments[1:], ""], strict=False):
         if here == "--preset":
             chosen = following
         elif here.startswith("--preset="):
             chosen = here.removeprefix("--preset=")
+    return chosen
+
+
+def _train_command(arguments: list[str]) -> Callable[..., None]:
+    """``train``, with the options and defaults of the preset that the arguments name."""
+    chosen = _chosen_preset(arguments)
     default = preset(chosen)
 
     def train(
@@ -72,6 +80,62 @@ def _train_command(arguments: list[str]) -> Callable[..., None]:
         run(config, resume=resume)
 
     return train
+
+
+def _plan_command(arguments: list[str]) -> Callable[..., None]:
+    """``plan``, with the options and defaults of the preset that the arguments name."""
+    chosen = _chosen_preset(arguments)
+    default = preset(chosen)
+
+    def plan(
+        preset: str = chosen,
+        gpu: str = "h100",
+        gpus: int = 8,
+        tokens: int = TYPICAL_TOKENS,
+        samples: int | None = None,
+        cores: float | None = None,
+        matmul_efficiency: float | None = None,
+        memory_efficiency: float | None = None,
+        sweep: bool = False,
+        picture: Path | None = None,
+        json: Path | None = None,
+        *,
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
+    ) -> None:
+        """Predict a run's speed, memory and hours on GPUs that need not be there, by a calibrated cost model.
+
+        Args:
+            preset: Which recipe to start from; `rocket-fast presets` lists them.
+            gpu: a100-40, a100-80, h100, h200, b200, l40s or 4090.
+            gpus: How many; eight share a machine.
+            tokens: Tokens of a caption with both ends, on average; 77 for padded ones.
+            samples: Training pairs, for the hours; by default the published size of the preset's data.
+            cores: CPU cores for each GPU to decode and augment with; by default as many as it takes.
+            matmul_efficiency: Part of the peak that matrix products reach, instead of the calibrated one.
+            memory_efficiency: Part of the memory's bandwidth that all else reaches, likewise.
+            sweep: Also predict the same global batch on 1 to 4096 GPUs.
+            picture: Draw the sweep into this PNG or SVG; needs the extra report.
+            json: Write all figures to this file.
+            config: The recipe.
+        """
+        from rocket_fast.plan_report import PlanRequest, run_plan
+
+        request = PlanRequest(
+            preset=preset,
+            gpu=gpu,
+            gpus=gpus,
+            tokens=tokens,
+            samples=samples,
+            cores=cores,
+            matmul_efficiency=matmul_efficiency,
+            memory_efficiency=memory_efficiency,
+            sweep=sweep,
+            picture=picture,
+            json=json,
+        )
+        run_plan(request, config, Console())
+
+    return plan
 
 
 def evaluate(run: tyro.conf.Positional[Path], checkpoint: Checkpoint = "last") -> None:
@@ -167,7 +231,7 @@ def presets(name: tyro.conf.Positional[str | None] = None) -> None:
 
 
 def _cost_table(config: TrainConfig) -> Table:
-    from rocket_fast.plan import TYPICAL_TOKENS, cost
+    from rocket_fast.plan import cost
 
     figures = cost(config)
     table = Table(title=f"{config.name}: cost", show_header=False)

@@ -89,8 +89,15 @@ def multiview_terms(
 def _worthwhile(own: Embeddings, ranks: AllRanks) -> bool:
     """Whether the one-sided scheme is likely faster; all ranks find the same."""
     width = own.image_z.shape[1] + sum(view.shape[1] for view in own.image_h) * len(own.text_h)
-    saved = 8 * (ranks.samples - max(ranks.counts)) * ranks.samples * width
-    return saved > COLLECTIVES_FLOP.get(own.image_z.device.type, COLLECTIVES_FLOP["cuda"])
+    return one_sided_pays(max(ranks.counts), ranks.samples, width, own.image_z.device.type)
+
+
+def one_sided_pays(rows: int, samples: int, width: int, device_type: str) -> bool:
+    """Whether the products saved take longer than the additional collectives: of a rank with so many of all
+    ``samples``, where the widths of all pairs of views add up to ``width``.
+    """
+    saved = 8 * (samples - rows) * samples * width
+    return saved > COLLECTIVES_FLOP.get(device_type, COLLECTIVES_FLOP["cuda"])
 
 
 def _combined(weak: ClipTerms, strong: ClipTerms | None, views: int) -> MultiviewClipTerms:

@@ -26,7 +26,7 @@ def test_help_lists_commands_and_every_option_with_its_meaning(capsys):
         main(["--help"])
     assert left.value.code == 0
     text = capsys.readouterr().out
-    for command in ("train", "eval", "export", "import", "presets", "data", "doctor"):
+    for command in ("train", "plan", "eval", "export", "import", "presets", "data", "doctor"):
         assert command in text
     with pytest.raises(SystemExit):
         main(["train", "--preset", "vitb16-yfcc", "--help"])
@@ -47,6 +47,7 @@ def test_help_lists_commands_and_every_option_with_its_meaning(capsys):
         ["eval"],
         ["export"],
         ["import"],
+        ["plan"],
         ["presets"],
         ["doctor"],
     )
