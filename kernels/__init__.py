@@ -29,13 +29,8 @@ from rocket_fast.kernels.contrastive import (
     multiview_clip_loss,
     multiview_clip_terms,
 )
-from rocket_fast.kernels.reference import (
-    ClipTerms,
-    MultiviewClipTerms,
-    Reduction,
-    negative_cosine_loss,
-    siamlip_loss,
-)
+from rocket_fast.kernels.cosine import negative_cosine_loss, siamlip_loss
+from rocket_fast.kernels.reference import ClipTerms, MultiviewClipTerms, Reduction
 from rocket_fast.kernels.sigmoid import siglip_loss
 from rocket_fast.kernels.sinkhorn import sinkhorn, swalip_loss, swalip_prototypes_loss
 

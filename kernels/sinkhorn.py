@@ -1,4 +1,4 @@
-"""SwALIP without matrices of similarities: Sinkhorn's labels and the cross-entropy with them, a block of rows at a time.
+"""SwALIP without matrices of similarities: Sinkhorn's labels and cross-entropies with them, a block of rows at a time.
 
 Shapes: A image views and B text views of N samples, D embedding width; or scores of N samples against P prototypes. Of
 a matrix of scores S, N x M, ``L = S / epsilon`` is what is worked on, some whole rows of it at a time, and Q balanced
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from rocket_fast.errors import require
 from rocket_fast.kernels.checks import require_integer, require_scalar, require_views
-from rocket_fast.kernels.contrastive import as_number, wanted, workspace_bytes
+from rocket_fast.kernels.contrastive import as_number, side_by_side, wanted, workspace_bytes
 from rocket_fast.kernels.dispatch import without_autocast
 from rocket_fast.kernels.reference import require_weak
 from rocket_fast.kernels.reference import (
@@ -44,7 +44,7 @@ from rocket_fast.kernels.tiled import compute_dtype, exp_, norms, prepared, row_
 LIMIT = 40.0
 
 # Entries of a block that stays in a CPU core's cache, and rows below which a product starves. Measured on one core
-# (N = 2048): 2^17 entries are passed over twice as fast as 2^19; products of 128 rows run at 95% of a whole one's speed.
+# (N = 2048): 2^17 entries are passed over twice as fast as 2^19; products of 128 rows run at 95% of a whole's speed.
 BLOCK, ROWS = 2**17, 128
 
 # From the columns' log-sum-exps over this process's rows to those over all rows, in whichever process they are.
@@ -327,7 +327,7 @@ def pupils_and_teachers(views: int) -> list[list[tuple[int, int]]]:
     """The pairs of views in groups that label each other: (i, j) is labelled by all (k, l) with k != i and l != j."""
     if views == 2:
         return [[(0, 0), (1, 1)], [(0, 1), (1, 0)]]
-    return [list(itertools.product(range(views), repeat=2))]
+    return [list(itertools.product(range(views), range(views)))]
 
 
 def swalip_of_rows(
@@ -429,7 +429,7 @@ def _swalip(
     need_grad: bool,
     workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss () and its gradients to both sides (empty if not needed) and the scale, in the precision computed with."""
+    """The loss () and its gradients to both sides (empty if not needed) and the scale, in what is computed with."""
     with without_autocast(image_AND.device.type):
         own, columns, *gradients = swalip_of_rows(
             image_AND,
@@ -623,7 +623,7 @@ def swalip_loss(
     require_views("image_h", image_h, "text_h", text_h)
     require_scalar("h_logit_scale", h_logit_scale, image_h[0].device)
     require_sinkhorn(epsilon, iterations)
-    inputs = torch.stack(list(image_h)), torch.stack(list(text_h)), as_number(h_logit_scale, image_h[0])
+    inputs = side_by_side(image_h), side_by_side(text_h), as_number(h_logit_scale, image_h[0])
     options = (float(epsilon), int(iterations), bool(normalize), wanted(*inputs), workspace_bytes(workspace_mib))
     return _swalip(*inputs, *options)[0]
 
@@ -670,7 +670,6 @@ def swalip_prototypes_loss(
     require_views("image_p", image_p, "text_p", text_p)
     require_scalar("logit_scale", logit_scale, image_p[0].device)
     require_sinkhorn(epsilon, iterations)
-    image_ANP, text_ANP = (torch.stack(list(p)) if len(p) > 1 else p[0][None] for p in (image_p, text_p))
-    inputs = image_ANP, text_ANP, as_number(logit_scale, image_p[0])
+    inputs = side_by_side(image_p), side_by_side(text_p), as_number(logit_scale, image_p[0])
     options = (float(epsilon), int(iterations), wanted(*inputs), workspace_bytes(workspace_mib))
     return _prototypes(*inputs, *options)[0]

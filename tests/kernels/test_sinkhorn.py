@@ -1,4 +1,4 @@
-"""SwALIP's losses block by block, with exponentials as they are and by logarithms, against the dense twins in float64."""
+"""SwALIP's losses block by block, with plain exponentials and by logarithms, against the dense twins in float64."""
 
 import importlib
 from collections.abc import Sequence
