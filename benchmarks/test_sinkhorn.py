@@ -54,13 +54,13 @@ def step_of(case: Case) -> Callable[[ModuleType], Callable[[], None]]:
         others: tuple[Any, ...] = tuple([torch.randn_like(view) for view in side] for side in sides)
     else:
         others = (torch.tensor(10.0, requires_grad=True),)
-    leaves = [*sides[0], *sides[1], *(other for other in others if isinstance(other, torch.Tensor))]
+    leaves = [*sides[0], *sides[1], *others[:1]] if len(others) == 1 else [*sides[0], *sides[1]]
 
     def of(module: ModuleType) -> Callable[[], None]:
         def run() -> None:
+            getattr(module, case.loss)(*sides, *others).backward()
             for leaf in leaves:
                 leaf.grad = None
-            getattr(module, case.loss)(*sides, *others).backward()
 
         return run
 

@@ -13,7 +13,7 @@ sum of its programs' parts; elsewhere torch on all sides and views at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,9 @@ from rocket_fast.kernels.dispatch import triton_kernels, without_autocast
 from rocket_fast.kernels.reference import require_weak
 from rocket_fast.kernels.tiled import compute_dtype, norms
 
+# Numbers of a block of rows, of all sides and views; measured at 4096 x 128 and three views.
+BLOCK = 2**17
+
 # --- torch ------------------------------------------------------------------------------------------------------------
 
 
@@ -34,44 +37,45 @@ def pair_weight(shape: torch.Size) -> float:
     return 1 / (sides * (1 + (views - 1) ** 2) * samples)
 
 
-def _goals(target_SVNP: Tensor, norm_SVN: Tensor) -> Tensor:
-    """Sums of the unit targets that a prediction meets, (S, 1 or 2, N, P): a weak one's, a strong one's."""
-    unit_SVNP = target_SVNP / norm_SVN[..., None]
-    if unit_SVNP.shape[1] <= 2:
-        return unit_SVNP
-    return torch.cat([unit_SVNP[:, :1], unit_SVNP[:, 1:].sum(1, keepdim=True)], 1)
+def _blocks(like_SVNP: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """Views that meet each other (the weak one; the strong ones) and rows of them: on the CPU, as its cache holds."""
+    sides, views, samples, features = like_SVNP.shape
+    step = max(1, BLOCK // (sides * views * features)) if like_SVNP.device.type == "cpu" else samples
+    for start in range(0, samples, step):
+        for first, last in ((0, 1), (1, views)):
+            if first < last:
+                yield slice(None), slice(first, last), slice(start, start + step)
 
 
-def _met(goals: Tensor, views: int) -> Tensor:
-    """The goal of each view, (S, V, ...)."""
-    if goals.shape[1] == views:
-        return goals
-    sides, _, *rest = goals.shape
-    return torch.cat([goals[:, :1], goals[:, 1:].expand(sides, views - 1, *rest)], 1)
+def _goal(target_SKRP: Tensor, norm_SKR: Tensor) -> Tensor:
+    """The sum of unit targets, (S, 1, R, P)."""
+    return (target_SKRP / norm_SKR[..., None]).sum(1, keepdim=True)
 
 
 def _torch_forward(prediction_SVNP: Tensor, target_SVNP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype, shape = compute_dtype(prediction_SVNP), prediction_SVNP.shape
-    p_SVNP, t_SVNP = prediction_SVNP.to(dtype), target_SVNP.to(dtype)
-    norm_p_SVN, norm_t_SVN = norms(p_SVNP), norms(t_SVNP)
-    goals = _goals(t_SVNP, norm_t_SVN)
-    along_S1N = torch.linalg.vecdot(p_SVNP[:, :1], goals[:, :1]) / norm_p_SVN[:, :1]
-    total = along_S1N.sum(dtype=torch.float64)
-    if shape[1] > 1:
-        along_SKN = torch.linalg.vecdot(p_SVNP[:, 1:], goals[:, 1:]) / norm_p_SVN[:, 1:]
-        total = total + along_SKN.sum(dtype=torch.float64)
+    norm_p_SVN, norm_t_SVN = (prediction_SVNP.new_empty(shape[:-1], dtype=dtype) for _ in range(2))
+    total = prediction_SVNP.new_zeros((), dtype=torch.float64)
+    for at in _blocks(prediction_SVNP):
+        p_SKRP, t_SKRP = prediction_SVNP[at].to(dtype), target_SVNP[at].to(dtype)
+        norm_p_SKR, norm_t_SKR = norms(p_SKRP), norms(t_SKRP)
+        along_SKR = torch.linalg.vecdot(p_SKRP, _goal(t_SKRP, norm_t_SKR))
+        total += (along_SKR / norm_p_SKR).sum(dtype=torch.float64)
+        norm_p_SVN[at], norm_t_SVN[at] = norm_p_SKR, norm_t_SKR
     return (2 - 2 * pair_weight(shape) * total).to(dtype), norm_p_SVN, norm_t_SVN
 
 
 def _torch_backward(
     d_loss: Tensor, prediction_SVNP: Tensor, target_SVNP: Tensor, norm_p_SVN: Tensor, norm_t_SVN: Tensor
 ) -> Tensor:
-    unit_SVNP = prediction_SVNP / norm_p_SVN[..., None]
-    goal_SVNP = _met(_goals(target_SVNP, norm_t_SVN), prediction_SVNP.shape[1])
-    along_SVN = torch.linalg.vecdot(unit_SVNP, goal_SVNP)
-    factor_SVN = d_loss * (-2 * pair_weight(prediction_SVNP.shape)) / norm_p_SVN
-    across_SVNP = torch.addcmul(goal_SVNP, unit_SVNP, along_SVN[..., None], value=-1)
-    return across_SVNP.mul_(factor_SVN[..., None]).to(prediction_SVNP.dtype)
+    out_SVNP = torch.empty_like(prediction_SVNP)
+    factor = d_loss * (-2 * pair_weight(prediction_SVNP.shape))
+    for at in _blocks(prediction_SVNP):
+        norm_SKR1 = norm_p_SVN[at][..., None]
+        unit_SKRP, goal_S1RP = prediction_SVNP[at] / norm_SKR1, _goal(target_SVNP[at], norm_t_SVN[at])
+        along_SKR1 = torch.linalg.vecdot(unit_SKRP, goal_S1RP)[..., None]
+        out_SVNP[at] = torch.addcmul(goal_S1RP, unit_SKRP, along_SKR1, value=-1).mul_(factor / norm_SKR1)
+    return out_SVNP
 
 
 # --- operations -------------------------------------------------------------------------------------------------------
