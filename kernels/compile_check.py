@@ -27,6 +27,7 @@ import torch
 from rocket_fast.errors import optional_import
 from rocket_fast.kernels import triton_augment as augment
 from rocket_fast.kernels import triton_contrastive as contrastive
+from rocket_fast.kernels import triton_cosine as cosine
 
 triton: Any = optional_import("triton", "gpu")
 
@@ -95,6 +96,24 @@ class ViewsCase:
 
 
 @dataclass(frozen=True)
+class CosineCase:
+    """Predictions and targets of ``D`` features, three views a side, which every device takes alike."""
+
+    arch: int
+    dtype: str
+    D: int
+    table: int | None = None
+    size: str = "cosine"
+    options: str = "-"
+
+    def run(self) -> None:
+        """Both launches, on tensors that hold nothing."""
+        x = torch.empty(2, 3, 4096, self.D, dtype=DTYPES[self.dtype], device="meta")
+        loss, *norms = cosine.cosine_forward(x, x)
+        cosine.cosine_backward(loss, x, x, *norms)
+
+
+@dataclass(frozen=True)
 class Launch:
     """All that one kernel's compilation depends on, but for the architecture."""
 
@@ -143,7 +162,7 @@ class Row:
 # --- what would be launched -------------------------------------------------------------------------------------------
 
 
-def launches(case: Case | ViewsCase) -> list[Launch]:
+def launches(case: Case | ViewsCase | CosineCase) -> list[Launch]:
     """The kernels that the operations of ``case`` launch, each once."""
     recorded: list[Launch] = []
 
@@ -157,6 +176,7 @@ def launches(case: Case | ViewsCase) -> list[Launch]:
         for module in (contrastive, augment):
             patches.enter_context(mock.patch.object(module, "_launch", record))
             patches.enter_context(mock.patch.object(module, "_architecture", return_value=table))
+        patches.enter_context(mock.patch.object(cosine, "_launch", record))
         case.run()
     return recorded
 
@@ -232,7 +252,7 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def rows(cases: Iterable[Case | ViewsCase]) -> Iterator[Row]:
+def rows(cases: Iterable[Case | ViewsCase | CosineCase]) -> Iterator[Row]:
     """One row for every kernel of every case."""
     for case in cases:
         for launch in launches(case):
@@ -252,10 +272,16 @@ def views_cases() -> list[ViewsCase]:
     return cases + [ViewsCase(arch, dtype, D, table=0) for arch, dtype, D in default]
 
 
-def all_cases() -> list[Case | ViewsCase]:
+def cosine_cases() -> list[CosineCase]:
+    """Every input type; few features and the most; a width that is a multiple of 16 and one that is not."""
+    widths = (100, 128, 2048, cosine.MOST)
+    return [CosineCase(arch, dtype, D) for arch, dtype, D in itertools.product(ARCHITECTURES, DTYPES, widths)]
+
+
+def all_cases() -> list[Case | ViewsCase | CosineCase]:
     """Every pinned configuration with every option; the default one on the oldest and the newest architecture."""
     inputs = [("bf16", width) for width in (256, 512, 768, 1024)] + [("fp16", 512), ("fp32", 512)]
-    cases: list[Case | ViewsCase] = [
+    cases: list[Case | ViewsCase | CosineCase] = [
         Case(arch, dtype, D, size, normalize, smoothing)
         for arch, (dtype, D), size, normalize, smoothing in itertools.product(
             ARCHITECTURES, inputs, SIZES, (False, True), (0.0, 0.1)
@@ -263,7 +289,7 @@ def all_cases() -> list[Case | ViewsCase]:
     ]
     default = itertools.product((80, 100), DTYPES, SIZES, (False, True))
     cases += [Case(arch, dtype, 512, size, normalize, 0.1, table=0) for arch, dtype, size, normalize in default]
-    return cases + views_cases()
+    return [*cases, *views_cases(), *cosine_cases()]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -339,6 +339,14 @@ def as_number(value: Tensor | float, like: Tensor) -> Tensor:
     return torch.full((), value, dtype=dtype, device=like.device)
 
 
+def side_by_side(views: Sequence[Tensor]) -> Tensor:
+    """All views in one tensor (V, ...), in their own dtype; of a single one no copy is made."""
+    if len(views) == 1:
+        return views[0][None]
+    with without_autocast(views[0].device.type):  # which takes no float16 on the CPU
+        return torch.stack(tuple(views))
+
+
 def workspace_bytes(workspace_mib: float) -> int:
     """The scratch memory's size. Very little makes tiny tiles, and many of them."""
     require(0 < workspace_mib < float("inf"), "workspace_mib", workspace_mib, "a finite number of MiB > 0")

@@ -54,6 +54,22 @@ def check_views(rows: list[compile_check.Row]) -> None:
         assert 2 * row.shared <= 160 * 1024, row
 
 
+@pytest.mark.parametrize("arch", compile_check.ARCHITECTURES)
+def test_cosines_do_not_spill(arch: int) -> None:
+    check_cosines([compile_check.CosineCase(arch, "bf16", 128), compile_check.CosineCase(arch, "fp32", 100)])
+
+
+@pytest.mark.slow
+def test_every_width_and_type_of_cosines() -> None:
+    check_cosines(compile_check.cosine_cases())
+
+
+def check_cosines(cases: list[compile_check.CosineCase]) -> None:
+    rows = list(compile_check.rows(cases))
+    assert {row.kernel for row in rows} == {"_cosine_forward_kernel", "_cosine_backward_kernel"}
+    assert not [row for row in rows if row.stack]
+
+
 @pytest.mark.slow
 def test_every_size_and_type_of_views() -> None:
     check_views(list(compile_check.rows(compile_check.views_cases())))
