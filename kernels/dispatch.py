@@ -16,10 +16,13 @@ from rocket_fast.kernels import tiled
 
 
 @functools.cache
-def _triton_kernels() -> ModuleType | None:
-    """The Triton implementation, or None where triton is not installed; it is not imported before it is needed."""
-    if importlib.util.find_spec("triton") is None:
-        return None
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _triton_kernels() -> ModuleType:
+    """The Triton implementation; it is not imported before it is needed."""
     from rocket_fast.kernels import triton_contrastive
 
     return triton_contrastive
@@ -35,12 +38,15 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     return torch.autocast(device_type, enabled=False) if autocast_on(device_type) else nullcontext()
 
 
-def implementation(x: Tensor) -> ModuleType:
-    """The module whose operations serve ``x``: Triton on CUDA (and ROCm), and on the CPU under its interpreter.
+def takes_triton(x: Tensor) -> bool:
+    """Whether Triton kernels serve ``x``: on CUDA (and ROCm), and on the CPU under its interpreter; if it is installed.
 
-    float64 always takes the tiles: no tensor core computes with it, and who uses it wants the digits.
+    float64 never: no tensor core computes with it, and who uses it wants the digits.
     """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if x.dtype == torch.float64 or not (x.is_cuda or interpreted):
-        return tiled
-    return _triton_kernels() or tiled
+    return x.dtype != torch.float64 and (x.is_cuda or interpreted) and _triton_installed()
+
+
+def implementation(x: Tensor) -> ModuleType:
+    """The module whose contrastive operations serve ``x``."""
+    return _triton_kernels() if takes_triton(x) else tiled
