@@ -159,16 +159,19 @@ def _input_gradient(
     out: np.ndarray,
 ) -> None:
     zero = x.dtype.type(0)
+    line = np.empty(x.shape[1], x.dtype)  # vector instructions want to know that what is written is not read
     for r in range(first, last):
         part, gradient, to = x[r], d_y[r], out[r]
         if relu:
             for c in range(part.size):
                 centred = part[c] - mean[c]
                 d = zero if centred * scale[c] + shift[c] <= zero else gradient[c]
-                to[c] = scale[c] * (d - level[c] - centred * slope[c])
+                line[c] = scale[c] * (d - level[c] - centred * slope[c])
         else:
             for c in range(part.size):
-                to[c] = scale[c] * (gradient[c] - level[c] - (part[c] - mean[c]) * slope[c])
+                line[c] = scale[c] * (gradient[c] - level[c] - (part[c] - mean[c]) * slope[c])
+        for c in range(part.size):
+            to[c] = line[c]
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ Forward, one pass over x for the statistics (means and sums of squares of blocks
 do, so that large means cost no digits) and one to normalise. Backward, one pass for the two sums that every row's
 gradient depends on and one for the gradient; both make the pre-activation anew from x. So x, two vectors and the
 parameters are all that is kept: no pre-activation, no mask, and, where the next linear layer is part of it, not what
-comes out of the ReLU either, which is made anew for that layer's weights. On the CPU it is then made in pieces that
-stay in the cache, and never as a whole.
+comes out of the ReLU either: backward makes it anew for that layer's weights, where its gradient is put next. Forward
+on the CPU makes it in pieces, never as a whole.
 
 The passes are Triton kernels on CUDA (triton_projector.py), numba's on the CPU (numba_projector.py) where it is
 installed, and plain torch (projector_passes.py) elsewhere. All sums have a fixed order: equal calls give equal bits.
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -38,9 +37,9 @@ from rocket_fast.kernels.tiled import compute_dtype
 Group = Any
 """A process group."""
 
-PIECE_BYTES = 2**24
-"""Activations made at a time on the CPU: the allocator hands such pieces out again and again, larger ones it gets from
-the system anew each time; and matrix products of fewer rows are slower."""
+PIECE_BYTES = 2**25
+"""Activations made at a time on the CPU: with more, the system's fresh memory costs more than making them; with fewer,
+matrix products are slower."""
 
 
 def _passes(x_NC: Tensor) -> ModuleType:
@@ -61,12 +60,11 @@ def _numba() -> ModuleType | None:
     return numba_projector
 
 
-def _pieces(x_NC: Tensor) -> Iterator[slice]:
-    """Rows that are activated at a time."""
-    rows = x_NC.shape[0]
-    step = rows if x_NC.device.type != "cpu" else PIECE_BYTES // (x_NC.shape[1] * compute_dtype(x_NC).itemsize)
-    step = max(step, 256)
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+def _rows_at_a_time(x_NC: Tensor) -> int:
+    """How many are activated at a time: all but on the CPU."""
+    if x_NC.device.type != "cpu":
+        return max(1, x_NC.shape[0])
+    return max(256, PIECE_BYTES // (x_NC.shape[1] * compute_dtype(x_NC).itemsize))
 
 
 # --- operations and their shapes for tracing --------------------------------------------------------------------------
@@ -111,15 +109,16 @@ def _normalize_linear(
 ) -> Tensor:
     """(N, M): normalised, rectified and multiplied, like ``matrix``."""
     passes, x_NC = _passes(x_NC), x_NC.contiguous()
-    out_NM = matrix_MC.new_empty(x_NC.shape[0], matrix_MC.shape[0])
+    out_NM, step = matrix_MC.new_empty(x_NC.shape[0], matrix_MC.shape[0]), _rows_at_a_time(x_NC)
+    room = torch.empty_like(x_NC[:step], dtype=matrix_MC.dtype)
     with without_autocast(x_NC.device.type):
-        for rows in _pieces(x_NC):
-            y = torch.empty_like(x_NC[rows], dtype=matrix_MC.dtype)
-            passes.normalize(x_NC[rows], mean_C, inverse_C, weight_C, bias_C, relu, y)
+        for x, out in zip(x_NC.split(step), out_NM.split(step), strict=True):
+            y = room[: len(x)]
+            passes.normalize(x, mean_C, inverse_C, weight_C, bias_C, relu, y)
             if vector_M is None:
-                torch.mm(y, matrix_MC.T, out=out_NM[rows])
+                torch.mm(y, matrix_MC.T, out=out)
             else:
-                torch.addmm(vector_M, y, matrix_MC.T, out=out_NM[rows])
+                torch.addmm(vector_M, y, matrix_MC.T, out=out)
     return out_NM
 
 
@@ -170,29 +169,16 @@ def _linear_backward(
     need_matrix: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of what comes out of the ReLU (N, C), its sums (2, C) as ``_sums``, and the matrix's (or (0,))."""
-    passes, x_NC, d_z_NM = _passes(x_NC), x_NC.contiguous(), d_z_NM.contiguous()
+    passes, x_NC = _passes(x_NC), x_NC.contiguous()
     d_y_NC = torch.empty_like(x_NC, dtype=matrix_MC.dtype)
-    d_matrix: Tensor | None = None
+    d_matrix = matrix_MC.new_empty(matrix_MC.shape if need_matrix else (0,))
     with without_autocast(x_NC.device.type):
-        for rows in _pieces(x_NC):
-            torch.mm(d_z_NM[rows], matrix_MC, out=d_y_NC[rows])
-            if need_matrix:
-                y = torch.empty_like(x_NC[rows], dtype=matrix_MC.dtype)
-                passes.normalize(x_NC[rows], mean_C, inverse_C, weight_C, bias_C, relu, y)
-                d_matrix = _added(d_matrix, d_z_NM[rows].T, y)
+        if need_matrix:  # what came out of the ReLU lies where its gradient will
+            passes.normalize(x_NC, mean_C, inverse_C, weight_C, bias_C, relu, d_y_NC)
+            torch.mm(d_z_NM.T, d_y_NC, out=d_matrix)
+        torch.mm(d_z_NM, matrix_MC, out=d_y_NC)
     sums_2C = passes.sums(d_y_NC, x_NC, mean_C, inverse_C, weight_C, bias_C, relu)
-    if d_matrix is None:
-        d_matrix = matrix_MC.new_zeros(matrix_MC.shape if need_matrix else (0,))
-    return d_y_NC, sums_2C, d_matrix.to(matrix_MC.dtype)
-
-
-def _added(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """``total + a b``; 16-bit products are added up in float32."""
-    if total is None:
-        return torch.mm(a, b)
-    if a.dtype == compute_dtype(a):
-        return total.addmm_(a, b)
-    return total.to(compute_dtype(a)).add_(torch.mm(a, b))
+    return d_y_NC, sums_2C, d_matrix
 
 
 @_linear_backward.register_fake

@@ -197,21 +197,16 @@ class MLPHead(nn.Sequential):
         for norm, after in zip(norms, following, strict=False):
             ends = after is following[-1] and len(norms) == len(following)
             vector = after.bias if ends else None
-            x_BC = batch_norm_relu_linear(
-                x_BC, *_state(norm), after.weight, vector, linear_bias=linear.bias, **_options(norm)
-            )  # fmt: skip
+            layers = {"linear_bias": linear.bias, "matrix_MC": after.weight, "vector_M": vector}
+            x_BC = batch_norm_relu_linear(x_BC, **layers, **_arguments(norm))
             linear = after
         if len(norms) > len(following):
-            x_BC = batch_norm_relu(x_BC, *_state(norms[-1]), linear_bias=linear.bias, relu=False, **_options(norms[-1]))
+            x_BC = batch_norm_relu(x_BC, linear_bias=linear.bias, relu=False, **_arguments(norms[-1]))
         return x_BC
 
 
-def _state(norm: _BatchNorm) -> tuple[Tensor | None, ...]:
-    return norm.weight, norm.bias, norm.running_mean, norm.running_var
-
-
-def _options(norm: _BatchNorm) -> dict[str, Any]:
-    """How a batch norm normalises; counts the batch in training, as its own forward does."""
+def _arguments(norm: _BatchNorm) -> dict[str, Any]:
+    """A batch norm's part of a fused call; counts the batch in training, as its own forward does."""
     momentum = norm.momentum
     if norm.training and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
@@ -220,7 +215,8 @@ def _options(norm: _BatchNorm) -> dict[str, Any]:
     group = None
     if norm.training and isinstance(norm, nn.SyncBatchNorm) and world_size() > 1:
         group = norm.process_group or dist.group.WORLD
-    return {"training": norm.training, "momentum": momentum or 0.0, "eps": norm.eps, "group": group}
+    names = ("weight", "bias", "running_mean", "running_var", "training", "eps")
+    return {"momentum": momentum or 0.0, "group": group, **{name: getattr(norm, name) for name in names}}
 
 
 class ViewHeads(nn.Module):
