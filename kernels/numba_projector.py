@@ -1,15 +1,15 @@
 """The passes of batch normalisation on the CPU (numba, the GIL released), as projector_passes.py describes them.
 
 Sums go by columns, everything else by rows, on as many threads as torch uses; a column's sums do not depend on which.
-Rows are added up in blocks, in the precision computed with, and the blocks in float64. 16-bit numbers become float32 a
-block at a time.
+Rows are added up in blocks, in the precision computed with, and the blocks in float64. bfloat16, of which numpy knows
+only the bits, becomes float32 some rows at a time. Other types, and mixed ones, are left to plain torch.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rocket_fast.errors import optional_import
+from rocket_fast.kernels import projector_passes
 from rocket_fast.kernels.projector_passes import affine
 from rocket_fast.kernels.tiled import compute_dtype
 
@@ -27,8 +28,8 @@ BLOCK = 32
 """Rows that are added up before float64: those of a tile stay in the cache."""
 WIDTH = 1024
 """Columns of a tile."""
-ROWS = 128
-"""Rows of 16-bit numbers that are converted at a time; a multiple of BLOCK."""
+ROWS = 32
+"""Rows of bfloat16 that are converted at a time; a multiple of BLOCK."""
 SMALL = 2**15
 """Numbers that are not worth a thread."""
 
@@ -174,13 +175,106 @@ def _input_gradient(
             to[c] = line[c]
 
 
+# --- the same of bfloat16 ---------------------------------------------------------------------------------------------
+
+
+@_jit
+def _widen(bits: np.ndarray, row: int, end: int, first: int, last: int, out: np.ndarray) -> None:
+    """Some rows and columns as float32, whose upper half they are."""
+    for r in range(row, end):
+        part, to = bits[r, first:last], out[r - row].view(np.uint32)
+        for c in range(last - first):
+            to[c] = np.uint32(part[c]) << np.uint32(16)
+
+
+@_jit
+def _narrow(line: np.ndarray, to: np.ndarray) -> None:
+    """float32 rounded to the nearest, to the even one of two."""
+    bits = line.view(np.uint32)
+    for c in range(line.size):
+        rounded = (bits[c] + np.uint32(0x7FFF) + ((bits[c] >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        to[c] = np.uint16(rounded) if line[c] == line[c] else np.uint16(0x7FC0)
+
+
+@_jit
+def _moments_16(first: int, last: int, x: np.ndarray, mean: np.ndarray, squares: np.ndarray) -> None:
+    room = np.empty((ROWS, last - first), np.float32)
+    for row in range(0, x.shape[0], ROWS):
+        end = min(row + ROWS, x.shape[0])
+        _widen(x, row, end, first, last, room)
+        _moments(0, last - first, room[: end - row], row, mean[first:last], squares[first:last])
+
+
+@_jit
+def _normalize_16(
+    first: int,
+    last: int,
+    x: np.ndarray,
+    mean: np.ndarray,
+    scale: np.ndarray,
+    shift: np.ndarray,
+    relu: bool,
+    out: np.ndarray,
+) -> None:
+    room, made = np.empty((1, x.shape[1]), np.float32), np.empty((1, x.shape[1]), np.float32)
+    for r in range(first, last):
+        _widen(x, r, r + 1, 0, x.shape[1], room)
+        _normalize(0, 1, room, mean, scale, shift, relu, made)
+        _narrow(made[0], out[r])
+
+
+@_jit
+def _sums_16(
+    first: int,
+    last: int,
+    d_y: np.ndarray,
+    x: np.ndarray,
+    mean: np.ndarray,
+    scale: np.ndarray,
+    shift: np.ndarray,
+    relu: bool,
+    totals: np.ndarray,
+) -> None:
+    room, gradient = np.empty((ROWS, last - first), np.float32), np.empty((ROWS, last - first), np.float32)
+    means, scales, shifts = mean[first:last], scale[first:last], shift[first:last]
+    own = np.zeros((2, last - first))
+    for row in range(0, x.shape[0], ROWS):
+        end = min(row + ROWS, x.shape[0])
+        _widen(x, row, end, first, last, room)
+        _widen(d_y, row, end, first, last, gradient)
+        _sums(0, last - first, gradient[: end - row], room[: end - row], means, scales, shifts, relu, own)
+    totals[:, first:last] = own
+
+
+@_jit
+def _input_gradient_16(
+    first: int,
+    last: int,
+    d_y: np.ndarray,
+    x: np.ndarray,
+    mean: np.ndarray,
+    scale: np.ndarray,
+    shift: np.ndarray,
+    relu: bool,
+    level: np.ndarray,
+    slope: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    room, gradient = np.empty((1, x.shape[1]), np.float32), np.empty((1, x.shape[1]), np.float32)
+    for r in range(first, last):
+        _widen(x, r, r + 1, 0, x.shape[1], room)
+        _widen(d_y, r, r + 1, 0, x.shape[1], gradient)
+        _input_gradient(0, 1, gradient, room, mean, scale, shift, relu, level, slope, gradient)
+        _narrow(gradient[0], out[r])
+
+
 # --- threads ----------------------------------------------------------------------------------------------------------
 
 
 def _spread(kernel: Callable[..., None], size: int, numbers: int, *arguments: Any) -> None:
     """``kernel(first, last, ...)`` of [0, size) in as many parts as torch has threads, this thread's among them."""
     threads = min(torch.get_num_threads(), max(1, numbers // SMALL))
-    step = -(-size // threads)
+    step = max(1, -(-size // threads))
     step = -(-step // 16) * 16 if size >= 16 * threads else step  # threads share no cache line of the results
     later = [
         _pool(os.getpid()).submit(kernel, first, min(first + step, size), *arguments)
@@ -210,9 +304,14 @@ def _by_columns(kernel: Callable[..., None], x: np.ndarray, *arguments: Any) -> 
 
 def moments(x_NC: Tensor) -> Tensor:
     """As in projector_passes.py."""
+    if not _served(x_NC):
+        return projector_passes.moments(x_NC)
     found_2C = torch.zeros(2, x_NC.shape[1], dtype=torch.float64)
-    for rows, (part,) in _parts(x_NC):
-        _by_columns(_moments, part, part, rows.start, *found_2C.numpy())
+    (x,) = _numpy(x_NC)
+    if x_NC.dtype == torch.bfloat16:
+        _by_columns(_moments_16, x, x, *found_2C.numpy())
+    else:
+        _by_columns(_moments, x, x, 0, *found_2C.numpy())
     return found_2C.to(compute_dtype(x_NC))
 
 
@@ -226,10 +325,11 @@ def normalize(
     out_NC: Tensor,
 ) -> None:
     """As in projector_passes.py."""
-    vectors = _numpy(mean_C, *affine(inverse_C, weight_C, bias_C))
-    for rows, (part,) in _parts(x_NC):
-        with _Target(out_NC[rows], part) as out:
-            _by_rows(_normalize, part, part, *vectors, relu, out)
+    if not _served(x_NC, out_NC):
+        return projector_passes.normalize(x_NC, mean_C, inverse_C, weight_C, bias_C, relu, out_NC)
+    vectors, (x, out) = _numpy(mean_C, *affine(inverse_C, weight_C, bias_C)), _numpy(x_NC, out_NC)
+    kernel = _normalize_16 if x_NC.dtype == torch.bfloat16 else _normalize
+    return _by_rows(kernel, x, x, *vectors, relu, out)
 
 
 def sums(
@@ -242,10 +342,12 @@ def sums(
     relu: bool,
 ) -> Tensor:
     """As in projector_passes.py."""
-    vectors = _numpy(mean_C, *affine(inverse_C, weight_C, bias_C))
+    if not _served(x_NC, d_y_NC):
+        return projector_passes.sums(d_y_NC, x_NC, mean_C, inverse_C, weight_C, bias_C, relu)
+    vectors, (d_y, x) = _numpy(mean_C, *affine(inverse_C, weight_C, bias_C)), _numpy(d_y_NC, x_NC)
     total_2C = torch.zeros(2, x_NC.shape[1], dtype=torch.float64)
-    for _, (d_y, part) in _parts(d_y_NC, x_NC):
-        _by_columns(_sums, part, d_y, part, *vectors, relu, total_2C.numpy())
+    kernel = _sums_16 if x_NC.dtype == torch.bfloat16 else _sums
+    _by_columns(kernel, x, d_y, x, *vectors, relu, total_2C.numpy())
     total_2C[1] *= inverse_C
     return total_2C.to(mean_C.dtype)
 
@@ -262,38 +364,23 @@ def input_gradient(
     out_NC: Tensor,
 ) -> None:
     """As in projector_passes.py."""
+    known = mean_C, inverse_C, weight_C, bias_C, relu
+    if not _served(x_NC, d_y_NC, out_NC):
+        return projector_passes.input_gradient(d_y_NC, x_NC, *known, means_2C, out_NC)
     vectors = _numpy(mean_C, *affine(inverse_C, weight_C, bias_C))
-    tilt = _numpy(means_2C[0].contiguous(), inverse_C * means_2C[1])
-    for rows, (d_y, part) in _parts(d_y_NC, x_NC):
-        with _Target(out_NC[rows], part) as out:
-            _by_rows(_input_gradient, part, d_y, part, *vectors, relu, *tilt, out)
+    tilt = _numpy(means_2C[0], inverse_C * means_2C[1])
+    d_y, x, out = _numpy(d_y_NC, x_NC, out_NC)
+    kernel = _input_gradient_16 if x_NC.dtype == torch.bfloat16 else _input_gradient
+    return _by_rows(kernel, x, d_y, x, *vectors, relu, *tilt, out)
+
+
+def _served(x_NC: Tensor, *others: Tensor) -> bool:
+    """Whether there are kernels for these types."""
+    known = x_NC.dtype in (torch.float32, torch.float64, torch.bfloat16)
+    return known and all(other.dtype == x_NC.dtype for other in others)
 
 
 def _numpy(*tensors: Tensor) -> list[np.ndarray]:
-    return [tensor.detach().numpy() for tensor in tensors]
-
-
-def _parts(*tensors: Tensor) -> Iterator[tuple[slice, list[np.ndarray]]]:
-    """All rows as they are, or some at a time, as they have to be converted."""
-    rows = tensors[0].shape[0]
-    dtype = compute_dtype(tensors[-1])
-    step = rows if all(tensor.dtype == dtype for tensor in tensors) else ROWS
-    for start in range(0, rows, max(step, 1)):
-        part = slice(start, min(start + step, rows))
-        yield part, _numpy(*(tensor[part].to(dtype) for tensor in tensors))
-
-
-class _Target:
-    """Rows to be written: themselves, or, of another dtype, what is copied there at the end."""
-
-    def __init__(self, rows: Tensor, like: np.ndarray) -> None:
-        self.rows = rows.detach()
-        self.own = self.rows.dtype in (torch.float32, torch.float64) and self.rows.numpy().dtype == like.dtype
-        self.array = self.rows.numpy() if self.own else np.empty(like.shape, like.dtype)
-
-    def __enter__(self) -> np.ndarray:
-        return self.array
-
-    def __exit__(self, *error: object) -> None:
-        if not self.own:
-            self.rows.copy_(torch.from_numpy(self.array))
+    """The tensors themselves; of bfloat16 its bits."""
+    narrow = torch.bfloat16
+    return [(x.detach().view(torch.uint16) if x.dtype == narrow else x.detach()).numpy() for x in tensors]

@@ -431,10 +431,12 @@ def _parallel(model: DualEncoder, config: TrainConfig, device: torch.device, say
                 encoder.text.compile(dynamic=True)
     if world_size() == 1:
         return model
-    heads = [module for module in model.modules() if isinstance(module, MLPHead)]
-    for module in [model] if device.type == "cuda" else heads:
-        nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+    for module in model.modules():
+        if isinstance(module, MLPHead):
+            module.synchronized = True
+    if device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    elif any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         say("the image tower's batch norm takes each process's own statistics: torch synchronises it on CUDA only")
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 

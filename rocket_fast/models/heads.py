@@ -165,9 +165,11 @@ class MLPHead(nn.Sequential):
     norm at the end, with weight and bias (affine) or without (plain).
 
     In training the layers work together (kernels/projector.py): same values, gradients and running statistics, half
-    the memory. Biases before a batch norm, which cancel there, get gradients that are exactly zero. Batch norms that
-    ``nn.SyncBatchNorm.convert_sync_batchnorm`` converted are synchronised on any device.
+    the memory. Biases before a batch norm, which cancel there, get gradients that are exactly zero.
     """
+
+    synchronized = False
+    """Whether batch norms take the statistics of all ranks' samples, on any device. An nn.SyncBatchNorm always does."""
 
     def __init__(
         self,
@@ -197,26 +199,26 @@ class MLPHead(nn.Sequential):
         for norm, after in zip(norms, following, strict=False):
             ends = after is following[-1] and len(norms) == len(following)
             vector = after.bias if ends else None
-            layers = {"linear_bias": linear.bias, "matrix_MC": after.weight, "vector_M": vector}
-            x_BC = batch_norm_relu_linear(x_BC, **layers, **_arguments(norm))
+            x_BC = batch_norm_relu_linear(
+                x_BC, matrix_MC=after.weight, vector_M=vector, linear_bias=linear.bias, **self._arguments(norm)
+            )
             linear = after
         if len(norms) > len(following):
-            x_BC = batch_norm_relu(x_BC, linear_bias=linear.bias, relu=False, **_arguments(norms[-1]))
+            x_BC = batch_norm_relu(x_BC, linear_bias=linear.bias, relu=False, **self._arguments(norms[-1]))
         return x_BC
 
-
-def _arguments(norm: _BatchNorm) -> dict[str, Any]:
-    """A batch norm's part of a fused call; counts the batch in training, as its own forward does."""
-    momentum = norm.momentum
-    if norm.training and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if momentum is None:
-            momentum = 1 / float(norm.num_batches_tracked)
-    group = None
-    if norm.training and isinstance(norm, nn.SyncBatchNorm) and world_size() > 1:
-        group = norm.process_group or dist.group.WORLD
-    names = ("weight", "bias", "running_mean", "running_var", "training", "eps")
-    return {"momentum": momentum or 0.0, "group": group, **{name: getattr(norm, name) for name in names}}
+    def _arguments(self, norm: _BatchNorm) -> dict[str, Any]:
+        """A batch norm's part of a fused call; counts the batch in training, as its own forward does."""
+        momentum = norm.momentum
+        if norm.training and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+            if momentum is None:
+                momentum = 1 / float(norm.num_batches_tracked)
+        group = None
+        if norm.training and (self.synchronized or isinstance(norm, nn.SyncBatchNorm)) and world_size() > 1:
+            group = getattr(norm, "process_group", None) or dist.group.WORLD
+        names = ("weight", "bias", "running_mean", "running_var", "training", "eps")
+        return {"momentum": momentum or 0.0, "group": group, **{name: getattr(norm, name) for name in names}}
 
 
 class ViewHeads(nn.Module):

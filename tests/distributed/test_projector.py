@@ -78,7 +78,9 @@ def heads(x: Tensor, upstream: Tensor, ranks: int) -> dict[str, Tensor]:
     """Gradients and buffers of the heads after a step, the loss being all ranks' together."""
     model: nn.Module = Model(x.dtype)
     if ranks > 1:
-        model = nn.parallel.DistributedDataParallel(nn.SyncBatchNorm.convert_sync_batchnorm(model))
+        for module in model.modules():
+            module.synchronized = True
+        model = nn.parallel.DistributedDataParallel(model)
     loss = sum((out * upstream[:, :1]).square().sum() for out in model(x))
     (ranks * loss).backward()  # DistributedDataParallel averages
     named = [(name.removeprefix("module."), p.grad) for name, p in model.named_parameters()]
