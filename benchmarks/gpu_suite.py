@@ -624,10 +624,9 @@ def run_views_timing(name: str, config: ViewConfig, machine: Machine) -> Result:
 def norm_inputs(rows: int, width: int, out: int, dtype: torch.dtype, machine: Machine) -> list[Tensor]:
     """x, weight and bias of the norm, matrix of the layer after it: leaves."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {(rows, width): dtype, (width,): FP32, (1, width): FP32, (out, width): dtype}
-    drawn = [torch.randn(shape, generator=generator).to(machine.device, kind) for shape, kind in shapes.items()]
+    shapes = ((rows, width), dtype), ((width,), FP32), ((width,), FP32), ((out, width), dtype)
+    drawn = [torch.randn(shape, generator=generator).to(machine.device, kind) for shape, kind in shapes]
     drawn[0] += 3
-    drawn[2] = drawn[2][0]
     return [tensor.requires_grad_() for tensor in drawn]
 
 
@@ -642,15 +641,10 @@ def run_norm_check(dtype: torch.dtype, machine: Machine) -> Result:
     x, weight, bias, matrix = exact
     expected = F.linear(F.relu(F.batch_norm(x, None, None, weight, bias, training=True)), matrix)
     upstream = torch.randn_like(expected)
-    pairs = [(found, expected)] + list(
-        zip(
-            torch.autograd.grad(found, inputs, upstream.to(dtype)),
-            torch.autograd.grad(expected, exact, upstream),
-            strict=True,
-        )
-    )
+    mine = found.detach(), *torch.autograd.grad(found, inputs, upstream.to(dtype))
+    right = expected.detach(), *torch.autograd.grad(expected, exact, upstream)
     names = ("value", "d x", "d weight", "d bias", "d matrix")
-    figures = {n: float((a.double() - b).norm() / b.norm()) for n, (a, b) in zip(names, pairs, strict=True)}
+    figures = {n: float((a.double() - b).norm() / b.norm()) for n, a, b in zip(names, mine, right, strict=True)}
     passed = all(error < {BF16: 1e-2, FP16: 2e-3, FP32: 1e-5}[dtype] for error in figures.values())  # False for NaN
     return Result("projector", f"as in float64, {str(dtype)[6:]}", "ok" if passed else "FAILED", figures)
 

@@ -261,7 +261,7 @@ def _over_ranks(mean_C: Tensor, squares_C: Tensor, rows: int, group: Group) -> t
 
 
 def _sums_over_ranks(sums_2C: Tensor, group: Group) -> Tensor:
-    total = sums_2C.double()
+    total = sums_2C.to(torch.float64, copy=True)
     dist.all_reduce(total, group=group)
     return total
 

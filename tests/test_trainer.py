@@ -23,7 +23,6 @@ from rocket_fast.models.clip import DualEncoder
 from rocket_fast.models.heads import (
     BarLIPConfig,
     BYOLIPConfig,
-    SharedHeadConfig,
     SiamLIPConfig,
     SwALIPConfig,
     SwALIPPrototypesConfig,
