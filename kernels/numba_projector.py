@@ -24,11 +24,11 @@ from rocket_fast.kernels.tiled import compute_dtype
 
 numba = optional_import("numba", "train")
 
-BLOCK = 32
+BLOCK = 64
 """Rows that are added up before float64: those of a tile stay in the cache."""
-WIDTH = 1024
+WIDTH = 2048
 """Columns of a tile."""
-ROWS = 32
+ROWS = 64
 """Rows of bfloat16 that are converted at a time; a multiple of BLOCK."""
 SMALL = 2**15
 """Numbers that are not worth a thread."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import threading
 from types import ModuleType
 from typing import Any
 
@@ -67,6 +68,22 @@ def _rows_at_a_time(x_NC: Tensor) -> int:
     return max(256, PIECE_BYTES // (x_NC.shape[1] * compute_dtype(x_NC).itemsize))
 
 
+_KEPT = threading.local()
+
+
+def _room(rows: int, x_NC: Tensor, dtype: torch.dtype) -> Tensor:
+    """(rows, C) to be overwritten; on the CPU a thread's own, kept for the next call: see ``PIECE_BYTES``."""
+    width = x_NC.shape[1]
+    size = rows * width * dtype.itemsize
+    if x_NC.device.type != "cpu" or size > PIECE_BYTES:
+        return x_NC.new_empty(rows, width, dtype=dtype)
+    kept: Tensor | None = getattr(_KEPT, "bytes", None)
+    if kept is None or kept.numel() < size:
+        with torch.inference_mode(False):
+            kept = _KEPT.bytes = torch.empty(size, dtype=torch.uint8)
+    return kept[:size].view(dtype).view(rows, width)
+
+
 # --- operations and their shapes for tracing --------------------------------------------------------------------------
 
 
@@ -110,7 +127,7 @@ def _normalize_linear(
     """(N, M): normalised, rectified and multiplied, like ``matrix``."""
     passes, x_NC = _passes(x_NC), x_NC.contiguous()
     out_NM, step = matrix_MC.new_empty(x_NC.shape[0], matrix_MC.shape[0]), _rows_at_a_time(x_NC)
-    room = torch.empty_like(x_NC[:step], dtype=matrix_MC.dtype)
+    room = _room(min(step, x_NC.shape[0]), x_NC, matrix_MC.dtype)
     with without_autocast(x_NC.device.type):
         for x, out in zip(x_NC.split(step), out_NM.split(step), strict=True):
             y = room[: len(x)]
