@@ -140,15 +140,15 @@ def _loss_and_gradients(
 
 def _require_none_of(model: nn.Module, loss: Tensor) -> None:
     """That the loss does not use parameters of ``model`` but through its embeddings."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    waiting, seen = [loss.grad_fn], {None}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    waiting: list[Any] = [loss.grad_fn]
+    seen: set[Any] = {None}
     while waiting:
         node = waiting.pop()
         if node in seen:
             continue
         seen.add(node)
-        assert node is not None
-        used = names.get(getattr(node, "variable", None))  # type: ignore[call-overload]
+        used = names.get(id(getattr(node, "variable", None)))
         require(used is None, "objective", used, "no parameter of the model itself; embed can return what is needed")
         waiting += [following for following, _ in node.next_functions]
 

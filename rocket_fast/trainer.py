@@ -43,6 +43,7 @@ from rocket_fast.losses import build_loss
 from rocket_fast.metrics import JsonlLog, Stopwatch, TrainingBar
 from rocket_fast.models.attention import use_attention
 from rocket_fast.models.clip import DualEncoder
+from rocket_fast.models.heads import MLPHead
 from rocket_fast.optim import build_optimizer, learning_rate, set_learning_rate
 from rocket_fast.tokenizer import Tokenizer
 
@@ -430,10 +431,13 @@ def _parallel(model: DualEncoder, config: TrainConfig, device: torch.device, say
                 encoder.text.compile(dynamic=True)
     if world_size() == 1:
         return model
+    for module in model.modules():
+        if isinstance(module, MLPHead):
+            module.synchronized = True
     if device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    elif any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-        say("batch norm takes each process's own statistics: torch synchronises it on CUDA only")
+    elif any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        say("the image tower's batch norm takes each process's own statistics: torch synchronises it on CUDA only")
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 

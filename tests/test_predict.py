@@ -106,12 +106,11 @@ def test_volume_of_a_tiny_configuration_by_hand():
     assert found.text.blocks.quick_gelu
     assert not found.image.blocks.quick_gelu
     assert found.heads.batch_norms == 2 * 2 * 2  # two in each of two heads, on two strong views
-    # Kept of each h: its first layer's and its last's input, both norms' inputs, of 32 each (a ReLU writes over the
-    # norm's result, and the next layer keeps that); of z and h the features, 16 and 24, three views, kept once.
-    hidden = 2 * 2 * (32 + 32 + 32 + 32)
-    batch_statistics = 2 * 2 * 2 * (32 + 32) / 2  # a norm's mean and deviation, of two samples together
-    assert found.heads.kept == Numbers(0, 3 * (16 + 24) + hidden + batch_statistics)
-    assert found.heads.moved == Numbers(0, 3 * 2 * 2 * 2 * (4 * 32))  # norms and ReLUs read and write 32 each
+    # Kept of each h: both norms' inputs, of 32 each; of z and h the features, 16 and 24, three views, kept once.
+    inputs = 2 * 2 * (32 + 32)
+    batch_statistics = 2 * 2 * 2 * (32 + 64) / 2  # mean and squares, deviation; of two samples
+    assert found.heads.kept == Numbers(0, 3 * (16 + 24) + inputs + batch_statistics)
+    assert found.heads.moved == Numbers(0, 2 * 2 * 2 * 10 * 32)  # ten passes over 32 each
 
 
 def test_kept_patches_and_convolutions_are_counted():

@@ -23,7 +23,6 @@ from rocket_fast.models.clip import DualEncoder
 from rocket_fast.models.heads import (
     BarLIPConfig,
     BYOLIPConfig,
-    SharedHeadConfig,
     SiamLIPConfig,
     SwALIPConfig,
     SwALIPPrototypesConfig,
@@ -342,12 +341,11 @@ def test_an_interrupted_command_exits_with_128_plus_the_signal(tiny_config: Trai
 
 @pytest.mark.system
 def test_two_processes_train_as_one_and_resume(tiny_config: TrainConfig, tmp_path: Path):
-    """Without batch norm and dropout, whose statistics and masks are each process's own, two ranks equal one."""
+    """Head h's batch norm is synchronised. Without the tower's and dropout, which are not, two ranks equal one."""
     model = replace(
         tiny_config.model,
         vision=ViTConfig(image_size=16, patch_size=8, width=16, layers=1, heads=2),
         text=replace(tiny_config.model.text, dropout=0.0),
-        h_head=SharedHeadConfig(),
     )
     config = replace(tiny_config, model=model)
     one, two = replace(config, name="one"), replace(config, name="two")
