@@ -1,10 +1,17 @@
 """The log holds every step once whatever happened, and JSON that any reader takes."""
 
+import io
 import json
 import math
+import re
+import time
 from pathlib import Path
 
-from rocket_fast.metrics import JsonlLog, Stopwatch
+import pytest
+import torch
+from rich.console import Console
+
+from rocket_fast.metrics import JsonlLog, StepClock, Stopwatch, TrainingBar, headline_figures
 
 
 def test_resuming_drops_lines_of_steps_to_be_done_again_and_torn_lines(tmp_path: Path):
@@ -37,3 +44,63 @@ def test_stopwatch_counts_since_its_last_reading():
     watch.add(waited=0.0, samples=10)
     assert watch.read()["images_per_s"] > 0
     assert watch.read() == {"images_per_s": 0.0, "data_wait": 0.0}
+
+
+RECORD = {
+    "loss": 3.21,
+    "clip_acc": 12.3,
+    "logit_scale": 14.3,
+    "h_logit_scale": 10.0,
+    "images_per_s": 21234.5,
+    "mfu": 0.45,
+    "data_wait": 0.03,
+    "skipped": 3,
+    "lr": 1e-3,
+}
+
+
+def rendered(width: int, record: dict, total: int = 114_720) -> str:
+    console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
+    with TrainingBar(total, 5, enabled=True, console=console) as bar:
+        bar.show(record)
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue()).replace("\r", "\n").splitlines()
+    assert all(len(line) <= width for line in lines)
+    return lines[-1]
+
+
+def test_the_bar_fits_its_line_and_leaves_out_the_least_useful():
+    everything = ["loss 3.210", "acc 12%", "T 14/10", "21234 img/s", "mfu 45%", "data 3%", "skip 3", "lr 1e-03"]
+    assert [text for text in everything if text in rendered(140, RECORD)] == everything
+    assert [text for text in everything if text in rendered(80, RECORD)] == everything[:6]
+    assert [text for text in everything if text in rendered(60, RECORD)] == [everything[n] for n in (0, 3, 5)]
+    assert "-:--:--" in rendered(60, RECORD)
+    plain = {name: RECORD[name] for name in ("loss", "images_per_s", "data_wait", "lr")}
+    assert headline_figures(plain, 80) == "loss 3.210 21234 img/s data 3% lr 1e-03"
+    assert headline_figures(plain, 0) == ""
+
+
+def test_a_steps_time_divides_without_rest():
+    watch, clock = Stopwatch(), StepClock(torch.device("cpu"))
+    for _ in range(3):
+        for pause in (0.01, 0.02, 0.005):
+            clock.mark()
+            time.sleep(pause)
+        clock.mark()
+        time.sleep(0.004)
+        watch.add(waited=0.003, samples=1)
+    figures = watch.read(clock.read())
+    parts = [figures[f"{part}_s"] for part in ("data", "forward", "backward", "optimizer", "other")]
+    assert sum(parts) == pytest.approx(figures["step_s"])
+    assert parts[0] == pytest.approx(0.003)
+    assert figures["backward_s"] > figures["forward_s"] > figures["optimizer_s"] >= 0.005
+    assert clock.read() == {}
+    assert set(watch.read(clock.read())) == {"images_per_s", "data_wait"}
+
+
+def test_waiting_that_the_device_computes_through_is_no_loss():
+    watch = Stopwatch()
+    time.sleep(0.01)
+    watch.add(waited=0.008, samples=1)
+    figures = watch.read({"forward": 0.9})  # an asynchronous device, busy all the time
+    assert figures["data_wait"] > 0
+    assert (figures["data_s"], figures["other_s"]) == (0, 0)
