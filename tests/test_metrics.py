@@ -5,13 +5,18 @@ import json
 import math
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
+from rocket_fast import trainer
+from rocket_fast.config import EvalConfig, TrainConfig
+from rocket_fast.device import peak_flops
 from rocket_fast.metrics import JsonlLog, StepClock, Stopwatch, TrainingBar, headline_figures
+from rocket_fast.plan import cost
 
 
 def test_resuming_drops_lines_of_steps_to_be_done_again_and_torn_lines(tmp_path: Path):
@@ -104,3 +109,57 @@ def test_waiting_that_the_device_computes_through_is_no_loss():
     figures = watch.read({"forward": 0.9})  # an asynchronous device, busy all the time
     assert figures["data_wait"] > 0
     assert (figures["data_s"], figures["other_s"]) == (0, 0)
+
+
+def test_on_cuda_the_parts_come_from_events(monkeypatch):
+    class Event:
+        now = 0.0
+        waited = 0
+
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = Event.now
+
+        def synchronize(self) -> None:
+            Event.waited += 1
+
+        def elapsed_time(self, end: "Event") -> float:
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = StepClock(torch.device("cuda"))
+    for step in (0, 1):
+        for milliseconds in (10, 20, 30, 5):
+            clock.mark()
+            Event.now += milliseconds + 2 * step
+    assert Event.waited == 0
+    assert clock.read() == pytest.approx({"forward": 0.011, "backward": 0.021, "optimizer": 0.031})
+    assert Event.waited == 1
+    assert clock.read() == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("Some Card", None),
+    ],
+)
+def test_the_peak_of_known_cards(name: str, peak: float | None, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda"), torch.bfloat16) == peak
+    assert peak_flops(torch.device("cuda"), torch.float32) is None
+    assert peak_flops(torch.device("cpu"), torch.bfloat16) is None
+
+
+def test_mfu_is_the_part_of_the_peak_that_the_model_uses(tiny_config: TrainConfig, monkeypatch):
+    monkeypatch.setattr(trainer, "peak_flops", lambda device, dtype: 1e12)
+    trainer.train(replace(tiny_config, loop=replace(tiny_config.loop, max_steps=2), eval=EvalConfig()))
+    record = json.loads((tiny_config.folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert record["mfu"] == pytest.approx(record["images_per_s"] * cost(tiny_config).training_flops / 1e12)

@@ -86,7 +86,13 @@ def run(tiny_config: TrainConfig) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(to_plain(config)))
     (folder / "run.jsonl").write_text(
-        json.dumps({"rocket_fast": "0.1", "git_commit": "abc123", "command": ["train", "--x", "<script>1</script>"]})
+        json.dumps(
+            {
+                "rocket_fast": "0.1",
+                "git_commit": "abc123",
+                "command": ["train", "--x", "<script>1</script>", "--out", "a" * 300],
+            }
+        )
         + "\n"
     )
     lines = [record(step) for step in range(2, 13, 2)] + [{"step": 12, "zero_shot_top1": 33.3, "set": "test"}]
@@ -127,7 +133,7 @@ def test_every_number_is_where_it_should_be(run: Path):
     assert page.rows["skipped"][1:] == [["corrupt image", "1,000"], ["no <caption> & more", "3"], ["all", "1,003"]]
     assert ["optim.lr", "0.003"] in page.rows["configuration"]
     assert ["eval.sets.0.name", "test"] in page.rows["configuration"]
-    assert ["command", "train --x <script>1</script>"] in page.rows["provenance"]
+    assert ["command", "train --x <script>1</script> --out " + "a" * 300] in page.rows["provenance"]
     for shown in (
         "<b>a & b",
         "finished: step 12 of 12, epoch 2.00",
@@ -215,7 +221,8 @@ def test_a_browser_shows_it_without_sideways_scrolling(run: Path, tmp_path: Path
     shutil.copy(buffer, run / "captions-test.png")
     text = write_report(run).read_text()
     measure = (
-        "<script>addEventListener('load', () => { document.title = JSON.stringify({"
+        "<script>addEventListener('load', () => {"
+        "document.querySelectorAll('details').forEach(e => e.open = true); document.title = JSON.stringify({"
         "page: document.documentElement.scrollWidth, window: innerWidth,"
         "charts: [...document.querySelectorAll('.charts svg')].map(e => e.getBoundingClientRect().height),"
         "image: document.querySelector('.pictures img').naturalWidth,"
