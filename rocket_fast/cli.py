@@ -16,6 +16,7 @@ from rocket_fast.config import TrainConfig, load_config, to_plain
 from rocket_fast.errors import require
 from rocket_fast.export import ExportFormat, Head
 from rocket_fast.interop.detect import Format
+from rocket_fast.launch import SlurmConfig, launch_local, launch_slurm
 from rocket_fast.loaders.convert import PackConfig, pack
 from rocket_fast.loaders.emoji import EmojiConfig, build_emoji
 from rocket_fast.plan import TYPICAL_TOKENS
@@ -26,12 +27,17 @@ Checkpoint = Literal["last", "best"]
 
 def dispatch(arguments: list[str]) -> None:
     """Run the command that ``arguments`` name; raises what the command raises."""
+    if arguments[:1] == ["launch"]:
+        _dispatch_launch(arguments[1:])
+        return
     commands: dict[str, Callable[..., Any]] = {
-        "train": _train_command(arguments),
+        "train": _train_command(arguments, _train),
         "plan": _plan_command(arguments),
+        "launch": launch,
         "eval": evaluate,
         "export": export,
         "import": import_model,
+        "report": report,
         "presets": presets,
         "data": data,
         "doctor": doctor,
@@ -57,8 +63,8 @@ def _chosen_preset(arguments: list[str]) -> str:
     return chosen
 
 
-def _train_command(arguments: list[str]) -> Callable[..., None]:
-    """``train``, with the options and defaults of the preset that the arguments name."""
+def _train_command(arguments: list[str], act: Callable[[TrainConfig, bool], Any]) -> Callable[..., Any]:
+    """``train``, with the options and defaults of the preset that the arguments name; does ``act``."""
     chosen = _chosen_preset(arguments)
     default = preset(chosen)
 
@@ -67,7 +73,7 @@ def _train_command(arguments: list[str]) -> Callable[..., None]:
         resume: bool = True,
         *,
         config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
-    ) -> None:
+    ) -> Any:
         """Train a preset, every option of which can be changed, then evaluate; run again to continue where it stopped.
 
         Args:
@@ -75,9 +81,7 @@ def _train_command(arguments: list[str]) -> Callable[..., None]:
             resume: Continue the run that the folder holds; otherwise refuse to touch it.
             config: The recipe.
         """
-        from rocket_fast.trainer import train as run
-
-        run(config, resume=resume)
+        return act(config, resume)
 
     return train
 
@@ -138,6 +142,48 @@ def _plan_command(arguments: list[str]) -> Callable[..., None]:
     return plan
 
 
+def _train(config: TrainConfig, resume: bool) -> None:
+    from rocket_fast.trainer import train
+
+    train(config, resume=resume)
+
+
+def launch() -> None:
+    """Train on many GPUs: `rocket-fast launch local -- train ...`, `rocket-fast launch slurm -- train ...`."""
+
+
+def _dispatch_launch(arguments: list[str]) -> None:
+    """``launch local`` or ``launch slurm``, with options up to ``--``; the train command behind it is checked here."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    own, command = arguments[:end], arguments[end + 1 :]
+
+    def config() -> TrainConfig:
+        got = "nothing" if not command else command[0]
+        require(command[:1] == ["train"], "launch, behind --", got, "train and its options: -- train --preset ...")
+        keep = _train_command(command, lambda config, resume: config)
+        return tyro.cli(keep, args=command[1:], prog="rocket-fast train", config=(tyro.conf.AvoidSubcommands,))
+
+    def local(nproc: int | None = None, restarts: int = 0) -> None:
+        """Train in several processes on this machine, by torchrun: `rocket-fast launch local -- train --preset ...`.
+
+        Args:
+            nproc: Processes; by default one for each GPU.
+            restarts: How often to start all again, from the last checkpoint, after one failed.
+        """
+        config()
+        launch_local(command[1:], nproc=nproc, restarts=restarts)
+
+    def slurm(job: Annotated[SlurmConfig, tyro.conf.arg(name="")] = SlurmConfig()) -> None:  # noqa: B008 - frozen
+        """Train as a SLURM job, one process for each GPU: `rocket-fast launch slurm --nodes 2 -- train --preset ...`.
+
+        Args:
+            job: What to ask SLURM for.
+        """
+        print(launch_slurm(command[1:], config(), job))
+
+    tyro.extras.subcommand_cli_from_dict({"local": local, "slurm": slurm}, args=own, prog="rocket-fast launch")
+
+
 def evaluate(run: tyro.conf.Positional[Path], checkpoint: Checkpoint = "last") -> None:
     """Evaluate a run's checkpoint on the sets of its configuration; print the table, write eval.json and the pictures.
 
@@ -150,6 +196,18 @@ def evaluate(run: tyro.conf.Positional[Path], checkpoint: Checkpoint = "last") -
 
     config = load_config(run)
     Console().print(result_table(evaluate_run(run, checkpoint), config.eval))
+
+
+def report(run: tyro.conf.Positional[Path], out: Path | None = None) -> None:
+    """Write one HTML page about a run: curves, speed, skipped data, evaluation with its pictures, configuration.
+
+    Args:
+        run: The run's folder, such as runs/demo; it may still be training.
+        out: The file to write; by default report.html in the run's folder.
+    """
+    from rocket_fast.report import write_report
+
+    Console().print(f"wrote {write_report(run, out)}", highlight=False, soft_wrap=True, markup=False)
 
 
 def export(

@@ -2,11 +2,14 @@
 
 import contextlib
 import json
+import math
 import os
 import random
 import signal
 import subprocess
 import sys
+import tarfile
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +70,14 @@ def test_trains_evaluates_and_leaves_a_full_record(tiny_config: TrainConfig):
     steps = [r for r in records(config) if "loss" in r]
     assert [r["step"] for r in steps] == list(range(1, 73))
     assert steps[-1]["loss"] < 0.8 * steps[0]["loss"]
+    for record in steps:
+        parts = [record[f"{part}_s"] for part in ("data", "forward", "backward", "optimizer", "other")]
+        assert sum(parts) == pytest.approx(record["step_s"])
+        assert min(parts[1:4]) > 0
+        for scale in ("logit_scale", "h_logit_scale"):
+            assert math.exp(record[f"{scale}_raw"]) == pytest.approx(record[scale])
+        assert (record["skipped"], record["skipped_reasons"]) == (0, {})
+        assert "mfu" not in record  # nobody knows a CPU's peak
     assert {"lr", "images_per_s", "data_wait", "logit_scale", "h_logit_scale", "clip_acc", "skipped"} <= set(steps[0])
     (test,) = result.evaluation.sets
     assert test.accuracy.top1[0.5] > 3 * test.chance
@@ -76,6 +87,57 @@ def test_trains_evaluates_and_leaves_a_full_record(tiny_config: TrainConfig):
     for name in ("config.json", "run.jsonl", "eval.json", "captions-test.png", "checkpoints/best.pt"):
         assert (config.folder / name).stat().st_size > 0, name
     assert len(list((config.folder / "checkpoints").glob("step-*.pt"))) == config.loop.keep_checkpoints
+
+
+def test_what_was_skipped_is_kept_by_reason_across_a_resumption(tiny_config: TrainConfig):
+    shard = next(Path(tiny_config.data.train[0]).parent.glob("train-1.tar"))
+    content = shard.read_bytes()
+    with tarfile.open(shard) as tar:
+        pictures = [member for member in tar if member.name.endswith(".png")][:5]
+    for member in pictures:
+        middle = member.offset_data + member.size // 2
+        content = content[: member.offset_data] + b"x" * (middle - member.offset_data) + content[middle:]
+    shard.write_bytes(content)
+    whole, parts = replace(tiny_config, name="whole"), replace(tiny_config, name="parts")
+    train(whole)
+    for max_steps in (5, None):
+        train(replace(parts, loop=replace(parts.loop, max_steps=max_steps)))
+    counted = [[r["skipped_reasons"] for r in records(config) if "loss" in r][-1] for config in (whole, parts)]
+    assert counted[0] == counted[1]
+    assert 8 <= counted[0]["corrupt image"] <= 12  # five pictures in each of two epochs, which leave four samples out
+    state = final_state(whole)
+    torch.save({**state, "skipped": 7}, CheckpointFolder(whole.folder / "checkpoints", keep=9).step_paths()[-1])
+    trainer = Trainer(whole)
+    trainer.close()
+    assert trainer.skipped == {"reason not kept": 7}
+
+
+def test_steps_between_records_ask_the_device_for_nothing(tiny_config: TrainConfig, monkeypatch):
+    config = replace(tiny_config, loop=replace(tiny_config.loop, log_every=3, checkpoint_every=100))
+    trainer = Trainer(config)
+    asked: list[int] = []
+    for name in ("item", "__bool__", "__float__", "tolist", "cpu"):
+        real = getattr(torch.Tensor, name)
+
+        def counted(tensor, *arguments, real=real, **options):
+            if threading.current_thread() is threading.main_thread():  # the loader's threads have no device
+                asked.append(trainer.step)
+            return real(tensor, *arguments, **options)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    real_step = trainer.train_step
+
+    def without_asking(batch):
+        before = len(asked)
+        output = real_step(batch)
+        del asked[before:]  # on the CPU some operators ask, and nothing has to be waited for
+        return output
+
+    monkeypatch.setattr(trainer, "train_step", without_asking)
+    monkeypatch.setattr(trainer, "_evaluate_if_due", lambda: None)
+    trainer.fit(type("Stop", (), {"signum": 0})())
+    trainer.close()
+    assert set(asked) == {3, 6, 9, 12}
 
 
 @pytest.mark.parametrize("weight_average", [None, 0.9])
