@@ -26,7 +26,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from rocket_fast.image_augment import ImageAugmentConfig, plain_augment, recipe_augment
-from rocket_fast.loaders.base import DataConfig
+from rocket_fast.loaders.base import DataConfig, Quality
 from rocket_fast.loaders.cpu import CPULoader
 from rocket_fast.text_augment import TextAugmentConfig
 from rocket_fast.tokenizer import Tokenizer
@@ -37,8 +37,10 @@ Epoch = Callable[[], int]
 class Ours:
     """An epoch of the CPU loader."""
 
-    def __init__(self, path: Path, image: ImageAugmentConfig, workers: int, count: int) -> None:
-        data = DataConfig(train=(str(path),), batch_size=min(100, count), workers=workers)
+    def __init__(
+        self, path: Path, image: ImageAugmentConfig, workers: int, count: int, quality: Quality = "exact"
+    ) -> None:
+        data = DataConfig(train=(str(path),), batch_size=min(100, count), workers=workers, quality=quality)
         text = TextAugmentConfig() if image.strong else None
         self.loader, self.epoch = CPULoader(data, image, text, Tokenizer(), seed=0), 0
 
@@ -95,13 +97,17 @@ def original(pictures: list[bytes]) -> int:
 
 @pytest.mark.parametrize("kind", photos.SIZES)
 @pytest.mark.parametrize("views", [1, 3])
-def test_images_per_second(kind: str, views: int, benchmark: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quality", ["exact", "fast"])
+def test_images_per_second(kind: str, views: int, quality: Quality, benchmark: Any, tmp_path: Path) -> None:
     small = benchmark.disabled
     path, what = photos.shard(kind, count=4, folder=tmp_path, real=False) if small else photos.shard(kind)
     pictures = jpegs(path)
     image = plain_augment(224) if views == 1 else recipe_augment(224)
-    ours, two = (Ours(path, image, workers, len(pictures)) for workers in (1, 2))
+    ours, two = (Ours(path, image, workers, len(pictures), quality) for workers in (1, 2))
     peers: dict[str, Epoch] = {"floor": lambda: floor(pictures), "ours, 2 threads": two}
+    exact = Ours(path, image, 1, len(pictures))
+    if quality == "fast":
+        peers["exact"] = exact
     peers |= {"open_clip": lambda: open_clip(path)} if views == 1 else {"original": lambda: original(pictures[:100])}
     rates: dict[str, list[float]] = {name: [] for name in (*peers, "ours")}
 
@@ -116,13 +122,13 @@ def test_images_per_second(kind: str, views: int, benchmark: Any, tmp_path: Path
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # torchvision's part of the peers
-    ours()  # compiles what is compiled
+    ours(), exact()  # compiles what is compiled
     benchmark.pedantic(lambda: timed("ours", ours), setup=others, rounds=1 if small else 5)
     torch.set_num_threads(threads)
-    ours.loader.close(), two.loader.close()
+    ours.loader.close(), two.loader.close(), exact.loader.close()
     middle = {name: statistics.median(values) for name, values in rates.items()}
     ratios = {name: statistics.median(a / b for a, b in zip(rates["ours"], rates[name], strict=True)) for name in peers}
-    verdict = f"{what}, {kind}, {views} views: ours {middle['ours']:.0f}/s; " + ", ".join(
+    verdict = f"{what}, {kind}, {views} views, {quality}: ours {middle['ours']:.0f}/s; " + ", ".join(
         f"{name} {middle[name]:.0f} (ours {ratios[name]:.2f} x)" for name in peers
     )
     benchmark.extra_info["verdict"] = verdict

@@ -13,9 +13,9 @@ import pytest
 import torch
 from loader_support import TOKENIZER, VIEWS, assert_same, opened, write_members
 
-from rocket_fast.image_augment import ImageAugmentConfig, recipe_augment, weak_view
+from rocket_fast.image_augment import ImageAugmentConfig, ViewParams, recipe_augment, weak_view
 from rocket_fast.loaders.base import BadSampleError, DataConfig
-from rocket_fast.loaders.cpu import CPULoader, decode_image, iter_eval
+from rocket_fast.loaders.cpu import CPULoader, decode_for_views, decode_image, iter_eval
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -416,3 +416,80 @@ def test_recipe_views_of_a_real_size(data):
     with opened(replace(data, batch_size=4), image=recipe_augment(64, strong_size=48)) as loader:
         batch = next(iter(loader))
     assert [image.shape[-1] for image in batch.images] == [64, 48, 48]
+
+
+def photo(height, width, seed=0):
+    """A JPEG of smooth colours."""
+    return encoded(colours(height, width, seed), "JPEG", quality=95)
+
+
+@pytest.mark.parametrize("views", [VIEWS, recipe_augment(40, strong_size=16)])
+def test_fast_quality_makes_the_same_crops_within_few_grey_levels(tmp_path, views):
+    samples = {str(i): {"jpg": photo(90 + 31 * i, 203 - 9 * i, i), "txt": b"x"} for i in range(12)}
+    samples |= {f"p{i}": {"png": encoded(colours(70, 50, i)), "txt": b"x"} for i in range(2)}
+    samples["inks"] = {"jpg": encoded(Image.fromarray(colours(90, 60)).convert("CMYK"), "JPEG"), "txt": b"x"}
+    write_members(tmp_path / "s.tar", samples)
+    data = DataConfig(train=(f"{tmp_path}/s.tar",), batch_size=15)
+    with opened(data, image=views) as exact, opened(replace(data, quality="fast"), image=views) as fast:
+        one, other = next(iter(exact)), next(iter(fast))
+    assert one.keys == other.keys
+    assert not torch.equal(one.images[0], other.images[0])
+    for a, b in zip(one.images, other.images, strict=True):
+        difference = (a.int() - b.int()).abs().float()
+        assert difference.mean() < 1.5
+        assert difference.flatten(1).max(dim=1).values.quantile(0.5) <= 6
+        for key, of_sample in zip(one.keys, difference, strict=True):
+            assert not of_sample.any() or key[2:].isdigit()  # what is no common JPEG is decoded as ever
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "expected"),
+    [
+        (20, (160, 320), (20, 40)),  # a crop eight times as large: an eighth
+        (20, (159, 160), (40, 80)),
+        (20, (100, 80), (40, 80)),
+        (20, (60, 54), (60, 120)),
+        (20, (41, 40), (80, 160)),
+        (20, (39, 40), (160, 320)),
+        (20, (10, 10), (160, 320)),
+    ],
+)
+def test_fast_decoding_takes_the_least_scale_at_which_no_crop_is_smaller_than_its_view(size, window, expected):
+    def draw_views(height, width):
+        assert (height, width) == (160, 320)
+        return [ViewParams(window=(0.0, 0.0, *map(float, window))), ViewParams(window=(0.0, 0.0, 160.0, 160.0))]
+
+    views = [weak_view(size), weak_view(20)]
+    pixels, scaled = decode_for_views(photo(160, 320), 10**6, views, draw_views)
+    assert pixels.shape == (*expected, 3)
+    scale = expected[0] / 160
+    assert [p.window[:2] for p in scaled] == [(0, 0), (0, 0)]
+    assert [p.window[2:] for p in scaled] == [(window[0] * scale, window[1] * scale), (160 * scale, 160 * scale)]
+
+
+def test_fast_decoding_finds_the_same_pictures_bad():
+    whole = photo(160, 320)
+    draw_views = lambda height, width: [ViewParams(window=(0.0, 0.0, float(height), float(width)))]  # noqa: E731
+    with pytest.raises(BadSampleError, match="corrupt"):
+        decode_for_views(whole[:-400], 10**6, [weak_view(8)], draw_views)
+    with pytest.raises(BadSampleError, match="pixel limit"):
+        decode_for_views(whole, 160 * 320 - 1, [weak_view(8)], draw_views)
+
+
+def test_scaled_windows_reach_the_last_pixels_of_odd_pictures(tmp_path):
+    view = ImageAugmentConfig(weak=replace(weak_view(16), scale=(1.0, 1.0), ratio=(1.0, 1.0)))
+    write_members(tmp_path / "s.tar", {str(n): {"jpg": photo(n, n, n), "txt": b"x"} for n in range(129, 145)})
+    data = DataConfig(train=(f"{tmp_path}/s.tar",), batch_size=16)
+    with opened(data, image=view) as exact, opened(replace(data, quality="fast"), image=view) as fast:
+        difference = next(iter(exact)).images[0].int() - next(iter(fast)).images[0].int()
+    assert difference.abs().float().mean() < 1.5
+    assert difference.abs().max() <= 12
+
+
+def test_trimmed_margins_are_found_in_whole_pictures_in_fast_quality_too(tmp_path):
+    canvas = np.full((120, 120, 3), 255, np.uint8)
+    canvas[30:90, 5:85] = colours(60, 80)
+    write_members(tmp_path / "s.tar", {"a": {"jpg": encoded(canvas, "JPEG", quality=95), "txt": b"x"}})
+    data = DataConfig(train=(f"{tmp_path}/s.tar",), batch_size=1, trim_margins=True)
+    with opened(data) as exact, opened(replace(data, quality="fast")) as fast:
+        assert_same(next(iter(exact)), next(iter(fast)))
