@@ -46,6 +46,8 @@ class DataConfig:
     """Cut off margins of one colour before any view is made, in evaluation too: drawings on canvases of all sizes."""
     pixel_limit: int = 100_000_000
     """Larger pictures are skipped before they are decoded (decompression bombs)."""
+    strict: bool = False
+    """Stop at the first sample that cannot be used and name it, instead of skipping and counting them."""
     quality: Quality = "exact"
     """exact: pictures decoded whole, views as Pillow's; fast: JPEGs decoded at a size that does for the crops, with
     quicker arithmetic: the same crops, about a grey level off on average, and more at sharp edges (CPU only)."""

@@ -16,6 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from rocket_fast.batch import Batch, PackedText
-from rocket_fast.errors import InvalidArgument, optional_import, require
+from rocket_fast.errors import Failed, InvalidArgument, optional_import, require
 from rocket_fast.image_augment import ImageAugmentConfig, ViewConfig, ViewParams, centre_view, draw
 from rocket_fast.loaders.base import TEXT_STREAM, BadSampleError, DataConfig, EvalBatch, sample_generator
 from rocket_fast.loaders.shards import Cursor, ShardSet
@@ -269,7 +270,8 @@ class CPULoader:
     sample that cannot be used (see ``skipped`` for the reasons) has its place taken by one from the following global
     batch, which ``valid`` marks False: a real pair, so a loss that ignores ``valid`` merely sees that pair twice in an
     epoch. The places after the last sample (``drop_last=False``) are filled the same way from the epoch's beginning.
-    Raises ValueError, on iteration, if 64 neighbours cannot be used either.
+    Raises ValueError, on iteration, if 64 neighbours cannot be used either; with ``data.strict`` ``Failed``, here or on
+    iteration, for the first sample that cannot be used.
     """
 
     def __init__(
@@ -287,6 +289,8 @@ class CPULoader:
         require(0 <= seed < 2**64, "seed", seed, "0 <= seed < 2**64")
         self.data, self.image, self.text, self.tokenizer, self.seed = data, image, text, tokenizer, seed
         self._shards = ShardSet(data.train, caption="txt" if data.captions == "txt" else "json", weights=data.weights)
+        if data.strict and (skipped := self._shards.first_skipped()):
+            raise _refused(*skipped)
         self.samples = self._shards.epoch_samples
         self.skipped = Counter(self._shards.skipped)
         self._cursor = Cursor(self.samples, data.batch_size, rank=rank, world_size=world_size, drop_last=data.drop_last)
@@ -422,6 +426,8 @@ class CPULoader:
                 captions = [read_caption(sample.text)] if self.data.captions == "txt" else read_captions(sample.json)
                 return sample, decode(sample, epoch), captions, reason
             except BadSampleError as error:
+                if self.data.strict:
+                    raise _refused(*self._shards.locate(index), error.reason) from error
                 reason = reason or error.reason
         raise InvalidArgument(
             f"data.train: {_SUBSTITUTES + 1} samples in a row cannot be used, the first for: {reason}"
@@ -435,6 +441,10 @@ class CPULoader:
         if self.text is None:
             return caption
         return augment_strong(caption, self.text, rng) if view else augment_weak(caption, self.text, rng)
+
+
+def _refused(path: Path, key: str, reason: str) -> Failed:
+    return Failed(f"data.strict: sample {key} of {path} cannot be used: {reason}; without data.strict it is skipped")
 
 
 def iter_eval(

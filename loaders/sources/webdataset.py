@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import functools
 import os
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from rocket_fast.loaders.base import BadSampleError
-from rocket_fast.loaders.sources import IMAGE_SUFFIXES, CaptionMember, RawSample
+from rocket_fast.loaders.sources import IMAGE_SUFFIXES, CaptionMember, RawSample, Skipped
 
 _BLOCK = 512
 _NEAR = 1 << 16  # members with less than this between them are read at once
@@ -61,7 +60,7 @@ class TarSource:
     blocks: np.ndarray | None = None
 
     def __init__(self, path: Path, files: FileCache, *, caption: CaptionMember = "txt") -> None:
-        self.path, self.name, self.skipped = path, path.stem, Counter[str]()
+        self.path, self.name, self.skipped = path, path.stem, Skipped()
         self._files = files
         needed = _TEXT if caption == "txt" else _JSON
         rows: dict[str, list[int]] = {}
@@ -73,13 +72,13 @@ class TarSource:
             if row[2 * kind] == _ABSENT:
                 row[2 * kind : 2 * kind + 2] = offset, size
             else:
-                self.skipped["repeated member"] += 1
+                self.skipped.add("repeated member", key)
         usable: list[str] = []
         for key, row in rows.items():
             if row[2 * _IMAGE] == _ABSENT:
-                self.skipped["no image"] += 1
+                self.skipped.add("no image", key)
             elif row[2 * needed] == _ABSENT:
-                self.skipped["no caption"] += 1
+                self.skipped.add("no caption", key)
             else:
                 usable.append(key)
         # Millions of samples: arrays, not Python objects.
@@ -89,9 +88,12 @@ class TarSource:
     def __len__(self) -> int:
         return len(self._places)
 
+    def key(self, index: int) -> str:
+        """Sample ``index``'s key."""
+        return f"{self.name}/{bytes(self._keys[index]).decode('utf-8', 'surrogateescape')}"
+
     def read(self, index: int) -> RawSample:
         """Sample ``index``'s bytes; BadSampleError if the file no longer has them."""
-        key = f"{self.name}/{bytes(self._keys[index]).decode('utf-8', 'surrogateescape')}"
         places = self._places[index].tolist()
         kept = [(offset, offset + size) for offset, size in places if offset != _ABSENT]
         start, end = min(kept)[0], max(end for _, end in kept)
@@ -107,7 +109,7 @@ class TarSource:
         complete = all(part is None or len(part) == size for part, (_, size) in zip(parts, places, strict=True))
         if image is None or not complete:
             raise BadSampleError("shard cut short")
-        return RawSample(key, image, text, json)
+        return RawSample(self.key(index), image, text, json)
 
     def _members(self) -> Iterator[tuple[str, int, int]]:
         """Name, offset and size of each regular file, from the headers (ustar, GNU long names, pax)."""
@@ -125,7 +127,7 @@ class TarSource:
                 size = long_size
             data = offset + _BLOCK
             if size is None or data + size > end:
-                self.skipped["rest of a damaged shard"] += 1
+                self.skipped.add("rest of a damaged shard", f"at byte {offset}")
                 return
             kind = header[156:157]
             if kind == b"L":

@@ -13,6 +13,7 @@ import pytest
 import torch
 from loader_support import TOKENIZER, VIEWS, assert_same, opened, write_members
 
+from rocket_fast.errors import Failed
 from rocket_fast.image_augment import ImageAugmentConfig, ViewParams, recipe_augment, weak_view
 from rocket_fast.loaders.base import BadSampleError, DataConfig
 from rocket_fast.loaders.cpu import CPULoader, decode_for_views, decode_image, iter_eval
@@ -493,3 +494,28 @@ def test_trimmed_margins_are_found_in_whole_pictures_in_fast_quality_too(tmp_pat
     data = DataConfig(train=(f"{tmp_path}/s.tar",), batch_size=1, trim_margins=True)
     with opened(data) as exact, opened(replace(data, quality="fast")) as fast:
         assert_same(next(iter(exact)), next(iter(fast)))
+
+
+@pytest.mark.parametrize("bad", bad_samples())
+def test_strict_stops_at_a_bad_sample_and_names_reason_shard_and_key(tmp_path, bad):
+    members, reason = bad_samples()[bad]
+    good = {"png": encoded(colours()), "txt": b"good"}
+    write_members(tmp_path / "first.tar", {f"a{i}": good for i in range(3)})
+    write_members(tmp_path / "second.tar", {"b0": good, bad: members, "b1": good})
+    data = DataConfig(train=(f"{tmp_path}/*.tar",), batch_size=2, drop_last=False, pixel_limit=5000, strict=True)
+    with pytest.raises(Failed, match=rf"{bad} of .*/second\.tar cannot be used: {reason}"), opened(data) as loader:
+        list(loader)
+    assert not loader_threads()
+    with opened(replace(data, train=(f"{tmp_path}/first.tar",))) as loader:
+        assert len(list(loader)) == 2
+
+
+def test_strict_names_rows_and_pictures_too(tmp_path):
+    (tmp_path / "good.png").write_bytes(encoded(colours()))
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG")
+    (tmp_path / "a.csv").write_text("filepath,caption\ngood.png,one\nmissing.png,two\n")
+    (tmp_path / "b.csv").write_text("filepath,caption\ngood.png,one\nbad.png,two\n")
+    for name, expected in (("a", "00000001 of .*a.csv.*no image"), ("b", "b/00000001 of .*b.csv.*corrupt image")):
+        data = DataConfig(train=(f"{tmp_path}/{name}.csv",), batch_size=1, strict=True)
+        with pytest.raises(Failed, match=expected), opened(data) as loader:
+            list(loader)
