@@ -34,7 +34,7 @@ from rocket_fast.text_augment import TextAugmentConfig, augment_strong, augment_
 from rocket_fast.tokenizer import Tokenizer
 
 _CHUNK = 32  # samples a thread makes at a time: small enough to share a batch, large enough not to count
-_SUBSTITUTES = 64  # bad samples in a row that are believed to be accidents
+_NEIGHBOURS, _SUBSTITUTES = 32, 64  # tried in the place of a bad sample: so many near it, so many in all
 _INKS = ("CMYK", "YCCK")  # libjpeg leaves their meaning to the caller
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8"
@@ -270,8 +270,9 @@ class CPULoader:
     sample that cannot be used (see ``skipped`` for the reasons) has its place taken by one from the following global
     batch, which ``valid`` marks False: a real pair, so a loss that ignores ``valid`` merely sees that pair twice in an
     epoch. The places after the last sample (``drop_last=False``) are filled the same way from the epoch's beginning.
-    Raises ValueError, on iteration, if 64 neighbours cannot be used either; with ``data.strict`` ``Failed``, here or on
-    iteration, for the first sample that cannot be used.
+    A shard that cannot be read any more is tried for a second, then named in a warning and its samples are skipped.
+    Raises ValueError, on iteration, if 64 samples, near and far, cannot be used either; with ``data.strict`` ``Failed``,
+    here or on iteration, for the first sample that cannot be used.
     """
 
     def __init__(
@@ -420,7 +421,10 @@ class CPULoader:
         reason: str | None = None
         step = self._cursor.global_batch - 1
         for tried in range(_SUBSTITUTES + 1):
-            index = int(order[(place + (step + tried if tried else 0)) % self.samples])
+            away = step + tried if tried else 0
+            if tried > _NEIGHBOURS:  # a whole shard may be lost: look all over the epoch
+                away += (tried - _NEIGHBOURS) * self.samples // (_SUBSTITUTES - _NEIGHBOURS + 1)
+            index = int(order[(place + away) % self.samples])
             try:
                 sample = self._shards.read(index)
                 captions = [read_caption(sample.text)] if self.data.captions == "txt" else read_captions(sample.json)
@@ -430,7 +434,7 @@ class CPULoader:
                     raise _refused(*self._shards.locate(index), error.reason) from error
                 reason = reason or error.reason
         raise InvalidArgument(
-            f"data.train: {_SUBSTITUTES + 1} samples in a row cannot be used, the first for: {reason}"
+            f"data.train: {_SUBSTITUTES + 1} samples in a row, near and far, cannot be used, the first for: {reason}"
         )
 
     def _caption(self, key: str, epoch: int, captions: list[str], view: int) -> str:

@@ -106,6 +106,7 @@ class ParquetSource:
     def __init__(self, path: Path, file: Any, image: str, caption: str, options: SourceOptions) -> None:
         self.name, self.skipped = path.stem, Skipped()
         self._path, self._column, self._member, self._metadata = path, image, options.caption, file.metadata
+        self._files = options.files
         self._cache, self._folders = options.row_groups, options.folders(path)
         counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         self._starts = np.cumsum([0, *counts])
@@ -148,9 +149,16 @@ class ParquetSource:
 
     def _load(self, group: int) -> Any:
         parquet = optional_import("pyarrow.parquet", "parquet")
-        try:
+
+        def load() -> Any:
             # A file object of its own: they are not made for several threads.
-            with parquet.ParquetFile(self._path, metadata=self._metadata) as file:
-                return file.read_row_group(group, columns=[self._column]).column(self._column).combine_chunks()
-        except (OSError, ValueError) as error:
-            raise BadSampleError("row group cannot be read") from error
+            with open(self._path, "rb") as opened, parquet.ParquetFile(opened, metadata=self._metadata) as file:
+                try:
+                    return file.read_row_group(group, columns=[self._column]).column(self._column).combine_chunks()
+                except (OSError, ValueError) as error:  # damaged pages are OSErrors of pyarrow's own
+                    raise BadSampleError("row group cannot be read") from error
+
+        try:
+            return self._files.attempt(self._path, load)
+        except OSError as error:
+            raise BadSampleError("shard cannot be read") from error

@@ -6,10 +6,14 @@ memory map: a shard rewritten or cut while in use gives damaged samples, which a
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Iterator
+import threading
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,8 +22,11 @@ from rocket_fast.loaders.sources import IMAGE_SUFFIXES, CaptionMember, RawSample
 
 _BLOCK = 512
 _NEAR = 1 << 16  # members with less than this between them are read at once
+_WAITS = (0.1, 0.3, 0.6)  # seconds before a file that could not be read is tried again
+_LOST_FOR = 30.0  # seconds in which it then is not
 _ABSENT = -1
 _IMAGE, _TEXT, _JSON = 0, 1, 2
+Result = TypeVar("Result")
 
 
 class _OpenFile:
@@ -34,19 +41,83 @@ class _OpenFile:
 
 
 class FileCache:
-    """Reads of many files through few descriptors; safe to share among threads."""
+    """Reads of many files through few descriptors; safe to share among threads.
+
+    What fails is tried again for a second, with the file opened anew. A file that still cannot be read is named in a
+    warning; for half a minute everything asked of it then fails at once, so that a lost shard does not cost a second
+    for every sample. A file that was put out of the cache and comes back with another size is none that can be read.
+    """
 
     def __init__(self, limit: int = 128) -> None:
-        self._open = functools.lru_cache(maxsize=limit)(_OpenFile)
+        self._limit, self._lock = limit, threading.Lock()
+        self._open: OrderedDict[Path, _OpenFile] = OrderedDict()
+        self._sizes: dict[Path, int] = {}
+        self._lost: dict[Path, float] = {}  # when it was last found to be
+        self._warned: set[Path] = set()
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
-        """Up to ``size`` bytes from ``offset`` on; fewer where the file ends."""
-        file = self._open(path)  # held until pread returns: another thread's read may put it out of the cache meanwhile
-        return os.pread(file.descriptor, size, offset)
+        """Up to ``size`` bytes from ``offset`` on; fewer where the file ends. OSError where it cannot be read."""
+
+        def read() -> bytes:
+            file = self._file(path)  # held until pread returns: another thread may put it out of the cache meanwhile
+            return os.pread(file.descriptor, size, offset)
+
+        return self.attempt(path, read)
 
     def size(self, path: Path) -> int:
         """Bytes in the file."""
-        return os.fstat(self._open(path).descriptor).st_size
+
+        def size() -> int:
+            file = self._file(path)
+            return os.fstat(file.descriptor).st_size
+
+        return self.attempt(path, size)
+
+    def attempt(self, path: Path, action: Callable[[], Result]) -> Result:
+        """What ``action`` gives, which reads ``path``; its OSError, once it has been given its second."""
+        lost_at = self._lost.get(path)
+        if lost_at is not None and time.monotonic() < lost_at + _LOST_FOR:
+            raise OSError(f"{path} could not be read a moment ago")
+        for wait in (*(_WAITS if lost_at is None else ()), None):
+            try:
+                result = action()
+            except OSError as error:
+                with self._lock:
+                    self._open.pop(path, None)
+                if wait is None:
+                    self._lose(path, error)
+                    raise
+                time.sleep(wait)
+            else:
+                break
+        if lost_at is not None:
+            self._lost.pop(path, None)
+        return result
+
+    def _lose(self, path: Path, error: OSError) -> None:
+        with self._lock:
+            self._lost[path] = time.monotonic()
+            first = path not in self._warned
+            self._warned.add(path)
+        if first:
+            warnings.warn(f"{path} cannot be read ({error}); its samples are skipped until it can", stacklevel=2)
+
+    def _file(self, path: Path) -> _OpenFile:
+        with self._lock:
+            file = self._open.get(path)
+            if file is not None:
+                self._open.move_to_end(path)
+                return file
+        file = _OpenFile(path)
+        size = os.fstat(file.descriptor).st_size
+        with self._lock:
+            expected = self._sizes.setdefault(path, size)
+            if size != expected:
+                raise OSError(f"it has {size} bytes, where it had {expected}")
+            self._open[path] = file
+            dropped = self._open.popitem(last=False) if len(self._open) > self._limit else None
+        del dropped  # closed, if nobody reads it, when the lock is free again
+        return file
 
 
 class TarSource:
