@@ -2,6 +2,7 @@
 
 Only the headers are read when a shard is opened. Members are then read by position (``pread``) rather than through a
 memory map: a shard rewritten or cut while in use gives damaged samples, which are counted; a map kills the process.
+Reading 46 kB takes 2 us longer that way; decoding and rendering them takes 1,000.
 """
 
 from __future__ import annotations

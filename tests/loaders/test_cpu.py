@@ -4,9 +4,11 @@ import contextlib
 import io
 import itertools
 import json
+import os
 import threading
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from loader_support import TOKENIZER, VIEWS, assert_same, opened, write_members
 from rocket_fast.errors import Failed
 from rocket_fast.image_augment import ImageAugmentConfig, ViewParams, recipe_augment, weak_view
 from rocket_fast.loaders.base import BadSampleError, DataConfig
+from rocket_fast.loaders.choose import open_loader
 from rocket_fast.loaders.cpu import CPULoader, decode_for_views, decode_image, iter_eval
 
 Image = pytest.importorskip("PIL.Image")
@@ -519,3 +522,44 @@ def test_strict_names_rows_and_pictures_too(tmp_path):
         data = DataConfig(train=(f"{tmp_path}/{name}.csv",), batch_size=1, strict=True)
         with pytest.raises(Failed, match=expected), opened(data) as loader:
             list(loader)
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cpu", False), ("cuda", True)])
+def test_images_are_made_in_pinned_memory_for_cuda_and_copied_without_waiting(data, monkeypatch, device, pinned):
+    asked, copied, empty = [], [], torch.empty
+
+    def watched(*size, pin_memory=False, **options):
+        asked.append(pin_memory)
+        return empty(*size, **options)  # there may be no CUDA here to pin for
+
+    monkeypatch.setattr(torch, "empty", watched)
+    parts = {"image": VIEWS, "text": None, "tokenizer": TOKENIZER, "seed": 5}
+    loader, choice = open_loader(replace(data, backend="cpu"), **parts, device=torch.device(device))
+    batch = next(iter(loader))
+    loader.close()
+    assert choice.name == "cpu"
+    assert set(asked) == {pinned}
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda self, place, non_blocking=False: copied.append((self.shape, non_blocking)) or self
+    )
+    batch.to("cuda")
+    assert {image.shape for image in batch.images} <= {shape for shape, _ in copied}
+    assert all(non_blocking for _, non_blocking in copied)
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_20000_batches(tmp_path, write_shard):
+    statm = Path("/proc/self/statm")
+    if not statm.is_file():
+        pytest.skip("no /proc here")
+    write_shard(tmp_path / "s.tar", 2000, 0)
+    data = DataConfig(train=(f"{tmp_path}/s.tar",), batch_size=2)
+    view = ImageAugmentConfig(weak=weak_view(8))
+    resident, batches = {}, 0
+    with opened(data, image=view) as loader:
+        for epoch in range(24):
+            loader.set_epoch(epoch)
+            batches += sum(1 for _ in loader)
+            resident[batches] = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    assert batches == 24_000
+    assert resident[24_000] - resident[4_000] < 4 << 20, resident  # a kilobyte a batch would be 20 MiB
