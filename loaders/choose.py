@@ -44,7 +44,9 @@ def open_loader(
     """The loader that ``choose_loader`` names. Raises what its constructor does."""
     choice = choose_loader(data, device)
     if choice.name == "cpu":
-        return CPULoader(data, image, text, tokenizer, seed=seed, rank=rank, world_size=world_size), choice
+        pin = device.type == "cuda"
+        loader = CPULoader(data, image, text, tokenizer, seed=seed, rank=rank, world_size=world_size, pin_memory=pin)
+        return loader, choice
     device_id = None if device.type != "cuda" else device.index or 0
-    loader = DALILoader(data, image, text, tokenizer, seed=seed, rank=rank, world_size=world_size, device_id=device_id)
-    return loader, choice
+    place = {"rank": rank, "world_size": world_size}
+    return DALILoader(data, image, text, tokenizer, seed=seed, **place, device_id=device_id), choice

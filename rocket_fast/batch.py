@@ -91,7 +91,7 @@ class Batch:
             images=tuple(image.to(device, non_blocking=True) for image in self.images),
             texts=tuple(text.to(device) for text in self.texts),
             keys=self.keys,
-            valid=self.valid.to(device),
+            valid=self.valid.to(device, non_blocking=True),
             captions=self.captions,
         )
 

@@ -54,6 +54,7 @@ FREE_FIELDS = (
     "out",
     "data.workers",
     "data.prefetch",
+    "data.strict",
     "loop.max_steps",
     "loop.threads",
     "loop.log_every",
