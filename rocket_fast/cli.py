@@ -238,7 +238,7 @@ def check(
 def pack_command(
     sources: tyro.conf.Positional[tuple[str, ...]], config: Annotated[PackConfig, tyro.conf.arg(name="")]
 ) -> None:
-    """Write any data as numbered webdataset tars; the same command continues after a kill.
+    """Write any data as numbered tars, or FFCV's .beton files; the same command continues after a kill.
 
     Args:
         sources: What data.train takes: tars, tables, folders, or patterns.
@@ -248,7 +248,7 @@ def pack_command(
     with _progress("pack") as advance:
         report = pack(sources, config, advance=advance)
     table = Table("", "samples")
-    table.add_row(f"packed into {report.shards:,} tars ({report.kept:,} were there)", f"{report.samples:,}")
+    table.add_row(f"packed into {report.shards:,} {config.format}s ({report.kept:,} were there)", f"{report.samples:,}")
     for reason, count in report.skipped.most_common():
         table.add_row(reason, f"{count:,}")
     Console().print(table)
