@@ -17,7 +17,7 @@ from rocket_fast.batch import Batch
 from rocket_fast.errors import require
 
 IMAGE_STREAM, TEXT_STREAM = 0, 1
-Backend = Literal["auto", "cpu", "dali"]
+Backend = Literal["auto", "cpu", "cpu+gpu", "dali"]
 Quality = Literal["exact", "fast"]
 
 
@@ -52,7 +52,8 @@ class DataConfig:
     """exact: pictures decoded whole, views as Pillow's; fast: JPEGs decoded at a size that does for the crops, with
     quicker arithmetic: the same crops, about a grey level off on average, and more at sharp edges (CPU only)."""
     backend: Backend = "auto"
-    """What decodes and renders: threads of the CPU, or DALI, on CUDA; auto is the CPU for now."""
+    """cpu: threads decode and make the views; cpu+gpu: they crop, the GPU does colours, blur and normalisation; dali:
+    DALI decodes and does it all on the GPU; auto is cpu for now."""
 
     def __post_init__(self) -> None:
         patterns = not isinstance(self.train, str) and len(self.train) > 0

@@ -10,6 +10,7 @@ from rocket_fast.image_augment import ImageAugmentConfig
 from rocket_fast.loaders.base import DataConfig, Loader
 from rocket_fast.loaders.cpu import CPULoader
 from rocket_fast.loaders.dali import DALILoader
+from rocket_fast.loaders.gpu_views import GPUViewsLoader
 from rocket_fast.text_augment import TextAugmentConfig
 from rocket_fast.tokenizer import Tokenizer
 
@@ -17,16 +18,17 @@ from rocket_fast.tokenizer import Tokenizer
 class LoaderChoice(NamedTuple):
     """A backend, and the reason for people."""
 
-    name: Literal["cpu", "dali"]
+    name: Literal["cpu", "cpu+gpu", "dali"]
     reason: str
 
 
 def choose_loader(data: DataConfig, device: torch.device) -> LoaderChoice:
-    """``data.backend``; ``auto`` is the CPU until DALI's part on CUDA has passed its test on a card (gpu_suite)."""
+    """``data.backend``; ``auto`` is the CPU until the others' parts on CUDA have passed their tests on a card."""
     if data.backend != "auto":
         return LoaderChoice(data.backend, "as data.backend says")
     if device.type == "cuda":
-        return LoaderChoice("cpu", "data.backend = 'dali' decodes on the GPU, which is new and has yet to prove itself")
+        reason = "data.backend = 'dali' decodes on the GPU, 'cpu+gpu' augments there; both have yet to prove themselves"
+        return LoaderChoice("cpu", reason)
     return LoaderChoice("cpu", "the device is not CUDA")
 
 
@@ -40,13 +42,22 @@ def open_loader(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Loader, LoaderChoice]:
-    """The loader that ``choose_loader`` names. Raises what its constructor does."""
+    """The loader that ``choose_loader`` names. Raises what its constructor does.
+
+    ``dtype``: what the step computes in, for the images of a loader that normalises them.
+    """
     choice = choose_loader(data, device)
+    loader: Loader
     if choice.name == "cpu":
         pin = device.type == "cuda"
         loader = CPULoader(data, image, text, tokenizer, seed=seed, rank=rank, world_size=world_size, pin_memory=pin)
-        return loader, choice
-    device_id = None if device.type != "cuda" else device.index or 0
-    place = {"rank": rank, "world_size": world_size}
-    return DALILoader(data, image, text, tokenizer, seed=seed, **place, device_id=device_id), choice
+    elif choice.name == "cpu+gpu":
+        loader = GPUViewsLoader(
+            data, image, text, tokenizer, seed=seed, rank=rank, world_size=world_size, device=device, dtype=dtype
+        )
+    else:
+        number = None if device.type != "cuda" else device.index or 0
+        loader = DALILoader(data, image, text, tokenizer, seed=seed, rank=rank, world_size=world_size, device_id=number)
+    return loader, choice

@@ -10,8 +10,8 @@ grey levels from ours, 1 on average, in the same time. Its memory managers hold 
 file (0.9 s and 170 MiB for 300,000 samples; our index 0.07 s and 20 bytes a sample), and map it, where a file cut
 while in use kills the process.
 
-What a .beton is good for: it is one file and opens at once, where each header of a tar has to be read. Batches come as
-fast from either; decoding takes the time.
+What a .beton is good for: it is one file and opens at once, where each header of a tar has to be read, or its index
+(`rocket-fast data index`). Batches come as fast from either; decoding takes the time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from rocket_fast.loaders.base import BadSampleError
 from rocket_fast.loaders.cpu import decode_image, read_caption, read_captions
 from rocket_fast.loaders.ordered_map import ordered_map
 from rocket_fast.loaders.shards import ShardSet
-from rocket_fast.loaders.sources import CaptionMember
+from rocket_fast.loaders.sources import CaptionMember, RawSample
 from rocket_fast.loaders.sources.beton import (
     ALLOCATION,
     DESCRIPTOR,
@@ -67,7 +67,7 @@ class _Picture(NamedTuple):
     width: int
 
 
-class _Sample(NamedTuple):
+class BetonSample(NamedTuple):
     """What goes into the fields, in their order."""
 
     image: _Picture
@@ -101,20 +101,18 @@ def write_beton(
     require(path.suffix == ".beton", "path", str(path), "one that ends in .beton")
     require(captions in ("txt", "several"), "captions", captions, "'txt' or 'several'")
     require(workers >= 1, "workers", workers, "a number >= 1")
-    page = page_mib << 20
-    require(MIN_PAGE <= page < 1 << 32 and page & (page - 1) == 0, "page_mib", page_mib, "a power of two, 2 to 2048")
-    _ffcv()  # say now what is not installed
+    page = page_bytes(page_mib)
+    check_installed()
     skipped = Counter(shards.skipped)
-    look = functools.partial(_look, shards, captions=captions, pixel_limit=pixel_limit, page=page)
+    look = functools.partial(_look, shards, pixel_limit=pixel_limit, page=page)
     with ThreadPoolExecutor(workers, thread_name_prefix="rocket-fast-beton") as pool:
         looked = ordered_map(pool, look, range(len(shards)), workers * _AHEAD)
         samples = _usable(looked, skipped, lambda done: advance(done, len(shards)))
-        write = functools.partial(_write, samples=samples, room=len(shards), page=page, captions=captions)
         written = 0
 
         def fill(temporary: Path) -> None:
             nonlocal written
-            written = write(temporary)
+            written = fill_beton(temporary, samples, room=len(shards), page=page, captions=captions)
             expected = f"at least one usable sample, but there are none; left out: {dict(skipped)}"
             require(written > 0, "shards", [source.name for source in shards.sources][:3], expected)
 
@@ -128,28 +126,48 @@ def write_beton(
     return BetonReport(samples=written, skipped=skipped)
 
 
-def _look(
-    shards: ShardSet, index: int, *, captions: Literal["txt", "several"], pixel_limit: int, page: int
-) -> _Sample | str:
+def page_bytes(page_mib: int) -> int:
+    """The bytes of a page; ValueError for a size that the format does not have."""
+    page = page_mib << 20
+    require(MIN_PAGE <= page < 1 << 32 and page & (page - 1) == 0, "page_mib", page_mib, "a power of two, 2 to 2048")
+    return page
+
+
+def check_installed() -> None:
+    """Say now, not after the first samples, that FFCV is not installed: raises MissingExtra."""
+    _ffcv()
+
+
+def beton_sample(raw: RawSample, height: int, width: int, page: int) -> BetonSample:
+    """What is stored of a sample whose picture has this size; BadSampleError for a caption that cannot be used, and
+    for what does not fit a page."""
+    if raw.json is None:
+        read_caption(raw.text)
+        caption = raw.text or b""
+    else:
+        caption = json.dumps({"captions": read_captions(raw.json)}).encode()
+    key = raw.key.encode("utf-8", "surrogateescape")
+    sample = BetonSample(
+        _Picture(raw.image, height, width), np.frombuffer(key, np.uint8), np.frombuffer(caption, np.uint8)
+    )
+    if sample.size > page:
+        raise BadSampleError("larger than a page (page_mib)")
+    return sample
+
+
+def _look(shards: ShardSet, index: int, *, pixel_limit: int, page: int) -> BetonSample | str:
     """Sample ``index`` if training can use it, else why it cannot."""
     try:
         raw = shards.read(index)
-        if captions == "txt":
-            read_caption(raw.text)
-            caption = raw.text or b""
-        else:
-            caption = json.dumps({"captions": read_captions(raw.json)}).encode()
         height, width = decode_image(raw.image, pixel_limit).shape[:2]
+        return beton_sample(raw, height, width, page)
     except BadSampleError as error:
         return error.reason
-    key = raw.key.encode("utf-8", "surrogateescape")
-    sample = _Sample(_Picture(raw.image, height, width), np.frombuffer(key, np.uint8), np.frombuffer(caption, np.uint8))
-    return sample if sample.size <= page else "larger than a page (page_mib)"
 
 
 def _usable(
-    looked: Iterator[_Sample | str], skipped: Counter[str], advance: Callable[[int], None]
-) -> Generator[_Sample, None, None]:
+    looked: Iterator[BetonSample | str], skipped: Counter[str], advance: Callable[[int], None]
+) -> Generator[BetonSample, None, None]:
     for done, found in enumerate(looked, start=1):
         if isinstance(found, str):
             skipped[found] += 1
@@ -211,7 +229,9 @@ def _mode(picture: bytes) -> int:
     return _OTHER_MODE if space in ("CMYK", "YCCK") else _JPEG_MODE
 
 
-def _write(path: Path, *, samples: Iterator[_Sample], room: int, page: int, captions: Literal["txt", "several"]) -> int:
+def fill_beton(
+    path: Path, samples: Iterator[BetonSample], *, room: int, page: int, captions: Literal["txt", "several"]
+) -> int:
     """Write header, index of up to ``room`` samples, pages and FFCV's allocation table; the number of samples.
 
     FFCV's ``DatasetWriter`` has to know the number beforehand, keeps its index in shared memory (64 MB in a container),
@@ -233,13 +253,12 @@ def _write(path: Path, *, samples: Iterator[_Sample], room: int, page: int, capt
         for count, sample in enumerate(samples, start=1):
             _ffcv().writer.handle_sample(sample, count - 1, FIELDS, rows, allocator, fields)
             allocator.allocations.clear()  # tuples, three to a sample; the index has the same
-    rows = rows[:count]
-    if count == 0:
-        return 0
-    whole = allocator.offset + (allocator.my_page + 1) * page
-    if path.stat().st_size != whole:
-        raise OSError(f"{path.stat().st_size} bytes were taken of {whole}: is the disk full?")
-    end = int(rows[-1]["caption"]["ptr"] + rows[-1]["caption"]["size"])
+    rows, end = rows[:count], front
+    if count:
+        whole = allocator.offset + (allocator.my_page + 1) * page
+        if path.stat().st_size != whole:
+            raise OSError(f"{path.stat().st_size} bytes were taken of {whole}: is the disk full?")
+        end = int(rows[-1]["caption"]["ptr"] + rows[-1]["caption"]["size"])
     os.truncate(path, end)  # the rest of the last page is empty
     with open(path, "r+b") as file:
         file.write(np.array([(VERSION, len(fields), page, count, end)], HEADER).tobytes())

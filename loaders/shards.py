@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -96,6 +97,12 @@ class ShardSet:
             except (OSError, ValueError) as error:
                 raise InvalidArgument(f"shards: {path} (pattern {pattern!r}) cannot be read: {error}") from error
         self.paths = [each.path for each in found]
+        if stale := shared.stale_indexes:
+            warnings.warn(
+                f"{len(stale)} index files cannot be used, and the tars' headers are read instead, which takes longer; "
+                f"`rocket-fast data index` writes them anew. The first: {stale[0]}",
+                stacklevel=2,
+            )
         self.skipped: Counter[str] = sum((source.skipped for source in self.sources), Counter())
         counts = [len(source) for source in self.sources]
         self._ends = np.cumsum(counts)

@@ -45,7 +45,7 @@ def dispatch(arguments: list[str]) -> None:
     prog = "rocket-fast"
     if arguments[:1] == ["data"]:
         commands, arguments, prog = (
-            {"emoji": emoji, "check": check, "pack": pack_command},
+            {"emoji": emoji, "check": check, "pack": pack_command, "index": index},
             arguments[1:],
             "rocket-fast data",
         )
@@ -314,7 +314,7 @@ def _cost_table(config: TrainConfig) -> Table:
 
 
 def data() -> None:
-    """Build, check or pack data: `rocket-fast data emoji`, `rocket-fast data check`, `rocket-fast data pack`."""
+    """Build, check, pack or index data: `rocket-fast data emoji`, `data check`, `data pack`, `data index`."""
 
 
 def emoji(config: Annotated[EmojiConfig, tyro.conf.arg(name="")] = EmojiConfig()) -> None:  # noqa: B008 - frozen
@@ -360,7 +360,7 @@ def check(
 def pack_command(
     sources: tyro.conf.Positional[tuple[str, ...]], config: Annotated[PackConfig, tyro.conf.arg(name="")]
 ) -> None:
-    """Write any data as numbered webdataset tars; the same command continues after a kill.
+    """Write any data as numbered tars, or FFCV's .beton files; the same command continues after a kill.
 
     Args:
         sources: What data.train takes: tars, tables, folders, or patterns.
@@ -370,10 +370,32 @@ def pack_command(
     with _progress("pack") as advance:
         report = pack(sources, config, advance=advance)
     table = Table("", "samples")
-    table.add_row(f"packed into {report.shards:,} tars ({report.kept:,} were there)", f"{report.samples:,}")
+    table.add_row(f"packed into {report.shards:,} {config.format}s ({report.kept:,} were there)", f"{report.samples:,}")
     for reason, count in report.skipped.most_common():
         table.add_row(reason, f"{count:,}")
     Console().print(table)
+
+
+def index(shards: tyro.conf.Positional[tuple[str, ...]], out: Path | None = None, workers: int = 2) -> None:
+    """Write an index file beside each tar, so that runs open thousands of them at once; those of unchanged tars stay.
+
+    Args:
+        shards: What data.train takes. Only tars have an index; other data is left alone.
+        out: Folder for the index files, where the tars' own cannot be written; name it behind the pattern in training:
+            'data/*.tar?index=FOLDER'.
+        workers: Threads that read.
+    """
+    from rocket_fast.loaders.shards import expand_patterns
+    from rocket_fast.loaders.sources.tar_index import index_tars
+
+    require(len(shards) > 0, "shards", shards, "at least one tar file or pattern")
+    tars = [each.path for each in expand_patterns(shards) if each.path.suffix.lower() == ".tar"]
+    require(len(tars) > 0, "shards", shards, "tars: nothing else has an index")
+    with _progress("index") as advance:
+        report = index_tars(tars, folder=out, workers=workers, advance=advance)
+    where = "beside the tars" if out is None else f"in {out}: train on 'PATTERN?index={out}'"
+    line = f"{report.written:,} index files written, {report.kept:,} kept, {report.samples:,} samples, {where}"
+    Console().print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 @contextlib.contextmanager

@@ -129,6 +129,7 @@ class Trainer:
             rank=rank(),
             world_size=world_size(),
             device=self.device,
+            dtype=compute_dtype(self.autocast),
         )
         self.model = DualEncoder(config.model).to(self.device)
         self.attention = use_attention(

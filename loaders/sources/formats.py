@@ -16,6 +16,7 @@ from rocket_fast.loaders.sources.json import open_json, open_jsonl
 from rocket_fast.loaders.sources.npy import open_npy
 from rocket_fast.loaders.sources.parquet import open_parquet
 from rocket_fast.loaders.sources.table import SourceOptions
+from rocket_fast.loaders.sources.tar_index import index_path, read_index
 from rocket_fast.loaders.sources.webdataset import TarSource
 from rocket_fast.loaders.sources.yfcc_zip import YFCCSource
 
@@ -28,7 +29,12 @@ class Format(NamedTuple):
 
 
 def _open_tar(path: Path, options: SourceOptions) -> Source:
-    return TarSource(path, options.files, caption=options.caption)
+    try:
+        index = read_index(path, options.index)
+    except ValueError as error:
+        options.stale_indexes.append(f"{index_path(path, options.index)}: {error}")
+        index = None
+    return TarSource(path, options.files, caption=options.caption, index=index)
 
 
 def _open_beton(path: Path, options: SourceOptions) -> Source:
@@ -38,7 +44,7 @@ def _open_beton(path: Path, options: SourceOptions) -> Source:
 _COLUMNS = ("images", "image_column", "caption_column")
 FOLDER = Format(open_folder, _COLUMNS)
 FORMATS = {
-    ".tar": Format(_open_tar, ()),
+    ".tar": Format(_open_tar, ("index",)),
     ".beton": Format(_open_beton, ()),
     ".csv": Format(open_csv, _COLUMNS),
     ".tsv": Format(open_csv, _COLUMNS),
@@ -56,8 +62,15 @@ def open_source(path: Path, given: Mapping[str, str], shared: SourceOptions) -> 
     require(kind is not None, "format", path.name, f"a folder, or a file ending in {', '.join(FORMATS)}")
     assert kind is not None
     for name in given:
-        require(name in kind.options, "option", name, f"one of {', '.join(kind.options) or '(none: a tar has none)'}")
-    images = Path(given["images"]) if "images" in given else None
-    require(images is None or images.is_dir(), "images", given.get("images"), "an existing folder")
-    columns = given.get("image_column"), given.get("caption_column")
-    return kind.open(path, replace(shared, images=images, image_column=columns[0], caption_column=columns[1]))
+        require(name in kind.options, "option", name, f"one of {', '.join(kind.options) or '(none)'}")
+    folders = {name: Path(given[name]) for name in ("images", "index") if name in given}
+    for name, folder in folders.items():
+        require(folder.is_dir(), name, str(folder), "an existing folder")
+    options = replace(
+        shared,
+        images=folders.get("images"),
+        index=folders.get("index"),
+        image_column=given.get("image_column"),
+        caption_column=given.get("caption_column"),
+    )
+    return kind.open(path, options)

@@ -6,7 +6,7 @@ import json
 import os
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,11 +27,15 @@ _GUESSED_SUFFIXES = ("", ".jpg", ".jpeg", ".png", ".webp")
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions:
-    """How a source is to be read; ``files`` and ``row_groups`` are shared by all sources of a set."""
+    """How a source is to be read; ``files``, ``row_groups`` and ``stale_indexes`` are shared by a set's sources."""
 
     caption: CaptionMember
     files: FileCache
     row_groups: RowGroupCache
+    stale_indexes: list[str] = field(default_factory=list)
+    """Index files that could not be used, and why."""
+    index: Path | None = None
+    """Folder of the tars' index files, if they are not beside them."""
     images: Path | None = None
     """Folder of the pictures."""
     image_column: str | None = None

@@ -1,8 +1,9 @@
 """Webdataset tars: members that share a name up to the first dot are one sample (image, .txt, .json).
 
-Only the headers are read when a shard is opened. Members are then read by position (``pread``) rather than through a
-memory map: a shard rewritten or cut while in use gives damaged samples, which are counted; a map kills the process.
-Reading 46 kB takes 2 us longer that way; decoding and rendering them takes 1,000.
+Only the headers are read when a shard is opened, or its index file (``tar_index.py``). Members are then read by
+position (``pread``) rather than through a memory map: a shard rewritten or cut while in use gives damaged samples,
+which are counted; a map kills the process. Reading 46 kB takes 2 us longer that way; decoding and rendering them takes
+1,000.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -121,48 +122,83 @@ class FileCache:
         return file
 
 
+class TarIndex(NamedTuple):
+    """What the headers of a tar tell, whichever captions are wanted.
+
+    ``keys``: bytes (N,), in the order in which their first members come. ``places``: int64 (N, 3, 2), offset and size
+    of a key's image, text and json, offset -1 where there is none. ``repeated``: how many further images, texts and
+    jsons had a key that has one. ``damaged``: whether the rest of the tar cannot be read.
+    """
+
+    keys: np.ndarray
+    places: np.ndarray
+    repeated: tuple[int, ...]
+    damaged: bool
+
+
+def scan_tar(path: Path, files: FileCache) -> TarIndex:
+    """Read every header. Raises ValueError if the file is not a tar, OSError if it cannot be read."""
+    rows: dict[str, list[int]] = {}
+    repeated, damaged = [0, 0, 0], False
+    for member in _members(path, files):
+        if member is None:
+            damaged = True
+            break
+        name, offset, size = member
+        key, kind = _key_and_kind(name)
+        if kind is None:
+            continue
+        row = rows.setdefault(key, [_ABSENT, 0, _ABSENT, 0, _ABSENT, 0])
+        if row[2 * kind] == _ABSENT:
+            row[2 * kind : 2 * kind + 2] = offset, size
+        else:
+            repeated[kind] += 1
+    # Millions of samples: arrays, not Python objects.
+    keys = np.array([key.encode("utf-8", "surrogateescape") for key in rows], dtype=np.bytes_)
+    places = np.array(list(rows.values()), dtype=np.int64).reshape(-1, 3, 2)
+    return TarIndex(keys, places, tuple(repeated), damaged)
+
+
 class TarSource:
     """One tar, indexed: sample i's image and its text or json bytes.
 
-    ``caption`` is the member that a sample must have besides its image; other members are ignored.
+    ``caption`` is the member that a sample must have besides its image; other members are ignored. ``index`` is that
+    of the tar as it is now, if there is one; otherwise the headers are read.
     Raises ValueError if the file is not a tar, OSError if it cannot be read. ``skipped`` counts by reason: samples
     without an image or caption member, members that repeat a name, and a shard whose rest is damaged.
     """
 
     blocks: np.ndarray | None = None
 
-    def __init__(self, path: Path, files: FileCache, *, caption: CaptionMember = "txt") -> None:
-        self.path, self.name, self.skipped = path, path.stem, Skipped()
-        self._files = files
-        needed = _TEXT if caption == "txt" else _JSON
-        rows: dict[str, list[int]] = {}
-        for name, offset, size in self._members():
-            key, kind = _key_and_kind(name)
-            if kind not in (_IMAGE, needed):
-                continue
-            row = rows.setdefault(key, [_ABSENT, 0, _ABSENT, 0, _ABSENT, 0])
-            if row[2 * kind] == _ABSENT:
-                row[2 * kind : 2 * kind + 2] = offset, size
-            else:
-                self.skipped.add("repeated member", key)
-        usable: list[str] = []
-        for key, row in rows.items():
-            if row[2 * _IMAGE] == _ABSENT:
-                self.skipped.add("no image", key)
-            elif row[2 * needed] == _ABSENT:
-                self.skipped.add("no caption", key)
-            else:
-                usable.append(key)
-        # Millions of samples: arrays, not Python objects.
-        self._keys = np.array([key.encode("utf-8", "surrogateescape") for key in usable], dtype=np.bytes_)
-        self._places = np.array([rows[key] for key in usable], dtype=np.int64).reshape(-1, 3, 2)
+    def __init__(
+        self, path: Path, files: FileCache, *, caption: CaptionMember = "txt", index: TarIndex | None = None
+    ) -> None:
+        self.path, self.name, self.skipped, self._files = path, path.stem, Skipped(), files
+        index = scan_tar(path, files) if index is None else index
+        needed, unwanted = (_TEXT, _JSON) if caption == "txt" else (_JSON, _TEXT)
+        offset = index.places[:, :, 0]
+        pictured, captioned = offset[:, _IMAGE] != _ABSENT, offset[:, needed] != _ABSENT
+        usable = np.flatnonzero(pictured & captioned)
+        usable = usable[np.argsort(np.minimum(offset[usable, _IMAGE], offset[usable, needed]), kind="stable")]
+        self._keys, self._places = index.keys[usable], index.places[usable]
+        self._places[:, unwanted] = _ABSENT, 0
+        repeated = index.repeated[_IMAGE] + index.repeated[needed]
+        if repeated:
+            self.skipped.add("repeated member", "a name that comes twice", repeated)
+        for reason, lacking in (("no image", captioned & ~pictured), ("no caption", pictured & ~captioned)):
+            if lacking.any():
+                self.skipped.add(reason, _decoded(index.keys[lacking.argmax()]), int(lacking.sum()))
+        if index.damaged:
+            self.skipped.add(
+                "rest of a damaged shard", f"all behind {_decoded(index.keys[-1])}" if len(index.keys) else "all"
+            )
 
     def __len__(self) -> int:
         return len(self._places)
 
     def key(self, index: int) -> str:
         """Sample ``index``'s key."""
-        return f"{self.name}/{bytes(self._keys[index]).decode('utf-8', 'surrogateescape')}"
+        return f"{self.name}/{_decoded(self._keys[index])}"
 
     def read(self, index: int) -> RawSample:
         """Sample ``index``'s bytes; BadSampleError if the file no longer has them."""
@@ -183,36 +219,41 @@ class TarSource:
             raise BadSampleError("shard cut short")
         return RawSample(self.key(index), image, text, json)
 
-    def _members(self) -> Iterator[tuple[str, int, int]]:
-        """Name, offset and size of each regular file, from the headers (ustar, GNU long names, pax)."""
-        end, offset = self.path.stat().st_size, 0
-        long_name: str | None = None
-        long_size: int | None = None
-        while True:
-            header = self._files.read(self.path, offset, _BLOCK)
-            if not header.strip(b"\0") and (header or offset > 0):
-                return  # the end-of-archive block, or the end of a file written without one
-            size = _size_of_member(header)
-            if size is None and offset == 0:
-                raise ValueError("it does not begin with a tar header")
-            if size is not None and long_size is not None:
-                size = long_size
-            data = offset + _BLOCK
-            if size is None or data + size > end:
-                self.skipped.add("rest of a damaged shard", f"at byte {offset}")
-                return
-            kind = header[156:157]
-            if kind == b"L":
-                long_name = _text(self._files.read(self.path, data, size))
-            elif kind == b"x":
-                records = _pax_records(self._files.read(self.path, data, size))
-                long_name = records.get("path", long_name)
-                long_size = int(records["size"]) if "size" in records else None
-            elif kind != b"g":
-                if kind in (b"0", b"\0", b"7"):
-                    yield long_name if long_name is not None else _short_name(header), data, size
-                long_name = long_size = None
-            offset = data + -(-size // _BLOCK) * _BLOCK
+
+def _decoded(key: bytes) -> str:
+    return bytes(key).decode("utf-8", "surrogateescape")
+
+
+def _members(path: Path, files: FileCache) -> Iterator[tuple[str, int, int] | None]:
+    """Name, offset and size of each regular file, from the headers (ustar, GNU long names, pax); None at damage."""
+    end, offset = path.stat().st_size, 0
+    long_name: str | None = None
+    long_size: int | None = None
+    while True:
+        header = files.read(path, offset, _BLOCK)
+        if not header.strip(b"\0") and (header or offset > 0):
+            return  # the end-of-archive block, or the end of a file written without one
+        size = _size_of_member(header)
+        if size is None and offset == 0:
+            raise ValueError("it does not begin with a tar header")
+        if size is not None and long_size is not None:
+            size = long_size
+        data = offset + _BLOCK
+        if size is None or data + size > end:
+            yield None
+            return
+        kind = header[156:157]
+        if kind == b"L":
+            long_name = _text(files.read(path, data, size))
+        elif kind == b"x":
+            records = _pax_records(files.read(path, data, size))
+            long_name = records.get("path", long_name)
+            long_size = int(records["size"]) if "size" in records else None
+        elif kind != b"g":
+            if kind in (b"0", b"\0", b"7"):
+                yield long_name if long_name is not None else _short_name(header), data, size
+            long_name = long_size = None
+        offset = data + -(-size // _BLOCK) * _BLOCK
 
 
 def _key_and_kind(name: str) -> tuple[str, int | None]:

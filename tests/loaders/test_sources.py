@@ -145,7 +145,7 @@ def test_options_are_checked(tmp_path, write_shard):
     write_shard(tmp_path / "s0.tar", 2, 0)
     with pytest.raises(ValueError, match=r"option: got 'Images', expected one of images, image_column, caption_column"):
         ShardSet([f"{tmp_path}/t.csv?Images=x"])
-    with pytest.raises(ValueError, match=r"option: got 'images', .*a tar has none"):
+    with pytest.raises(ValueError, match=r"option: got 'images', expected one of index"):
         ShardSet([f"{tmp_path}/s0.tar?images=x"])
     with pytest.raises(ValueError, match=r"images: got 'nowhere', expected an existing folder"):
         ShardSet([f"{tmp_path}/t.csv?images=nowhere"])
