@@ -110,7 +110,7 @@ def _plan_command(arguments: list[str]) -> Callable[..., None]:
 
         Args:
             preset: Which recipe to start from; `rocket-fast presets` lists them.
-            gpu: a100-40, a100-80, h100, h200, b200, l40s or 4090.
+            gpu: a100-40, a100-80, h100, h100-pcie, h100-nvl, h200, b200, l40s or 4090.
             gpus: How many; eight share a machine.
             tokens: Tokens of a caption with both ends, on average; 77 for padded ones.
             samples: Training pairs, for the hours; by default the published size of the preset's data.

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from rocket_fast.config import Precision
+from rocket_fast.devices import Device, card_named
 from rocket_fast.errors import require
 
 
@@ -32,27 +33,18 @@ def compute_dtype(autocast: torch.autocast) -> torch.dtype:
     return torch.bfloat16 if autocast._enabled else torch.float32
 
 
-PEAK_BF16_FLOPS = {
-    "GB200": 2500e12,
-    "B200": 2250e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-}
-"""Dense bf16 FLOP/s with fp32 accumulation by a part of the card's name (NVIDIA's data sheets); the first that fits."""
-
-
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """The most that matrix products can reach on ``device``, FLOP/s; None where that is not known."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
-    name = torch.cuda.get_device_name(device)
-    if "MIG" in name.split():  # a part of a card
-        return None
-    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)
+    card = card_of(device)
+    return None if card is None else card.bf16_flops
+
+
+def card_of(device: torch.device) -> Device | None:
+    """What is known of a CUDA device by its name."""
+    properties = torch.cuda.get_device_properties(device)
+    return card_named(properties.name, properties.total_memory)
 
 
 def cpu_peak_bytes(step: Callable[[], object]) -> int:

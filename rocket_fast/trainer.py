@@ -30,7 +30,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from rocket_fast.batch import Batch, LossOutput
 from rocket_fast.checkpoint import CheckpointFolder, load_checkpoint
 from rocket_fast.config import TrainConfig, differences, load_config, provenance, to_plain
-from rocket_fast.device import build_autocast, choose_device, compute_dtype, peak_flops
+from rocket_fast.device import build_autocast, card_of, choose_device, compute_dtype, peak_flops
 from rocket_fast.distributed import is_main, rank, world_size
 from rocket_fast.errors import Failed, InvalidArgument, optional_import, require
 from rocket_fast.evaluation import Checkpoint, Evaluation, Evaluator, headline, output_path, result_table
@@ -46,6 +46,7 @@ from rocket_fast.models.clip import DualEncoder
 from rocket_fast.models.heads import MLPHead
 from rocket_fast.optim import build_optimizer, learning_rate, set_learning_rate
 from rocket_fast.plan import cost
+from rocket_fast.predict import advice
 from rocket_fast.profiling import ProfileWindow
 from rocket_fast.sinks import RunLog, require_trackers
 from rocket_fast.tokenizer import Tokenizer
@@ -184,7 +185,10 @@ class Trainer:
         watch = Stopwatch()
         for batch, waited in _timed(self.loader):
             self.profile.before(self.step + 1)
-            output = self.train_step(batch)
+            try:
+                output = self.train_step(batch)
+            except torch.OutOfMemoryError as error:
+                raise Failed(self._out_of_memory()) from error
             self.profile.after(self.step)
             watch.add(waited=waited, samples=len(batch) * world_size())
             bar.advance()
@@ -231,6 +235,19 @@ class Trainer:
         self.step += 1
         self.clock.mark()
         return output
+
+    def _out_of_memory(self) -> str:
+        """What happened, and what would fit by the cost model, where the card is known."""
+        card = card_of(self.device)
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        reserved = torch.cuda.max_memory_reserved(self.device)
+        hint = "try a smaller data.batch_size, or checkpointing in the towers" if card is None else ""
+        if card is not None:
+            hint = str(advice(self.config, total, world_size(), device=card))
+        return (
+            f"out of memory at step {self.step + 1}: {reserved / 2**30:.1f} of {total / 2**30:.1f} GiB taken. {hint}. "
+            "The last checkpoint is whole; the batch size cannot change within a run"
+        )
 
     def _guard(self, loss: Tensor) -> Tensor:
         """Remember the first step whose loss or gradients are not finite, and keep the fused optimizer from them.

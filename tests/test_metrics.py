@@ -7,6 +7,7 @@ import re
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,16 +144,18 @@ def test_on_cuda_the_parts_come_from_events(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "peak"),
     [
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H100 PCIe", 756.5e12),
         ("NVIDIA A100-SXM4-40GB", 312e12),
-        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA GB200", None),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("Some Card", None),
     ],
 )
 def test_the_peak_of_known_cards(name: str, peak: float | None, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    card = SimpleNamespace(name=name, total_memory=40 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     assert peak_flops(torch.device("cuda"), torch.bfloat16) == peak
     assert peak_flops(torch.device("cuda"), torch.float32) is None
     assert peak_flops(torch.device("cpu"), torch.bfloat16) is None

@@ -11,6 +11,7 @@ import sys
 import tarfile
 import threading
 import time
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_model
 
 from rocket_fast.checkpoint import CheckpointFolder, load_checkpoint
 from rocket_fast.config import TrainConfig, to_plain
+from rocket_fast.errors import Failed
 from rocket_fast.evaluation import Evaluator
 from rocket_fast.image_augment import plain_augment
 from rocket_fast.models.clip import DualEncoder
@@ -399,6 +401,25 @@ def test_an_interrupted_command_exits_with_128_plus_the_signal(tiny_config: Trai
     assert process.returncode == 128 + signal.SIGTERM, errors
     assert "stopped and saved at step" in errors
     assert load_checkpoint(CheckpointFolder(config.folder / "checkpoints", keep=1).step_paths()[-1])["step"] >= 3
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("NVIDIA H100 80GB HBM3", r"the cost model expects .* what should fit: "),
+        ("A card", "a smaller data.batch_size"),
+    ],
+)
+def test_out_of_memory_says_what_would_fit(tiny_config: TrainConfig, name: str, hint: str, monkeypatch):
+    def full(self: Trainer, batch: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    card = types.SimpleNamespace(name=name, total_memory=2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 2**29)
+    monkeypatch.setattr(Trainer, "train_step", full)
+    with pytest.raises(Failed, match=rf"out of memory at step 1: 0.5 of 1.0 GiB taken\. .*{hint}"):
+        train(tiny_config)
 
 
 @pytest.mark.system
