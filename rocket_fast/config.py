@@ -46,6 +46,9 @@ class LoopConfig:
     """Autocast type; auto takes bf16 where the hardware multiplies it natively (CUDA sm_80+, CPUs with AMX)."""
     attention: AttentionName = "auto"
     """Backend of the transformers' attention; auto takes the first that can (`rocket-fast doctor` says why)."""
+    accumulation: int = 1
+    """Micro-batches that a process embeds one after the other; loss and gradients are those of the whole batch, for one
+    forward pass more and one micro-batch's activations. Batch norm takes each micro-batch's own statistics."""
     compile: bool = False
     """Compile the towers with torch.compile."""
     threads: int | None = None
@@ -75,6 +78,7 @@ class LoopConfig:
             self.max_steps is None or self.max_steps >= 1, "loop.max_steps", self.max_steps, "a number >= 1 or None"
         )
         require(self.threads is None or self.threads >= 1, "loop.threads", self.threads, "a number >= 1 or None")
+        require(self.accumulation >= 1, "loop.accumulation", self.accumulation, "a number >= 1")
         require(self.log_every >= 1, "loop.log_every", self.log_every, "a number >= 1")
         require(self.checkpoint_every >= 1, "loop.checkpoint_every", self.checkpoint_every, "a number >= 1")
         require(self.keep_checkpoints >= 1, "loop.keep_checkpoints", self.keep_checkpoints, "a number >= 1")

@@ -538,7 +538,7 @@ class Advice:
         if self.checkpointing is not None:
             ways.append(f"checkpointing {self.checkpointing} in the towers")
         if self.accumulation is not None:
-            ways.append(f"{self.accumulation} micro-batches")
+            ways.append(f"loop.accumulation {self.accumulation}")
         if self.batch:
             ways.append(f"data.batch_size {self.batch}")
         need = f"the cost model expects {self.needed / GIB:.1f} GiB of {self.available / GIB:.1f} GiB"

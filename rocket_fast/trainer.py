@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from rocket_fast.batch import Batch, LossOutput
+from rocket_fast.accumulation import cached_step
+from rocket_fast.batch import Batch, Embeddings, LossOutput
 from rocket_fast.checkpoint import CheckpointFolder, load_checkpoint
 from rocket_fast.config import TrainConfig, differences, load_config, provenance, to_plain
 from rocket_fast.device import build_autocast, card_of, choose_device, compute_dtype, peak_flops
@@ -212,14 +213,15 @@ class Trainer:
         self.recent_keys.append((self.step + 1, batch.keys))
         self.model.train()
         torch.manual_seed(_step_seed(self.config.seed, self.step, rank()))
-        batch = batch.to(self.device)
-        images = tuple(normalize(image) for image in batch.images)
-        with self.autocast:
-            embeddings = self.parallel(images, batch.texts)
-        output = self.objective(embeddings)
-        self.clock.mark()
         self.optimizer.zero_grad(set_to_none=True)
-        output.total.backward()
+        if self.config.loop.accumulation == 1:
+            output = self.objective(self._embed(batch))
+            self.clock.mark()
+            output.total.backward()
+        else:
+            self.clock.mark()  # forward and backward take turns: all of it counts as backward
+            micro_batches = batch.split(math.ceil(len(batch) / self.config.loop.accumulation))
+            output = cached_step(self._embed, micro_batches, self.objective, model=self.parallel)
         self.clock.mark()
         self.model.freeze_gradients(self.step)
         output.metrics["grad_norm"] = self._guard(output.total.detach())
@@ -235,6 +237,12 @@ class Trainer:
         self.step += 1
         self.clock.mark()
         return output
+
+    def _embed(self, batch: Batch) -> Embeddings:
+        batch = batch.to(self.device)
+        images = tuple(normalize(image) for image in batch.images)
+        with self.autocast:
+            return self.parallel(images, batch.texts)
 
     def _out_of_memory(self) -> str:
         """What happened, and what would fit by the cost model, where the card is known."""

@@ -309,7 +309,7 @@ def test_advice_fits():
     assert memory(workload.with_checkpointing(found.checkpointing), machines, 512).total <= found.available
     assert found.accumulation is not None
     assert memory(workload, machines, 512, found.accumulation).total <= found.available
-    for word in (str(found.batch), found.checkpointing, f"{found.accumulation} micro-batches"):
+    for word in (str(found.batch), found.checkpointing, f"loop.accumulation {found.accumulation}"):
         assert word in str(found)
     hopeless = advice(config, 1e9, 8, device=DEVICES["a100-40"])
     assert (hopeless.batch, hopeless.checkpointing, hopeless.accumulation) == (0, None, None)

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_model
 
 from rocket_fast.checkpoint import CheckpointFolder, load_checkpoint
-from rocket_fast.config import TrainConfig, to_plain
+from rocket_fast.config import EvalConfig, TrainConfig, to_plain
 from rocket_fast.errors import Failed
 from rocket_fast.evaluation import Evaluator
 from rocket_fast.image_augment import plain_augment
@@ -28,6 +28,7 @@ from rocket_fast.models.clip import DualEncoder
 from rocket_fast.models.heads import (
     BarLIPConfig,
     BYOLIPConfig,
+    SharedHeadConfig,
     SiamLIPConfig,
     SwALIPConfig,
     SwALIPPrototypesConfig,
@@ -401,6 +402,25 @@ def test_an_interrupted_command_exits_with_128_plus_the_signal(tiny_config: Trai
     assert process.returncode == 128 + signal.SIGTERM, errors
     assert "stopped and saved at step" in errors
     assert load_checkpoint(CheckpointFolder(config.folder / "checkpoints", keep=1).step_paths()[-1])["step"] >= 3
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["no batch norm", "batch norm"])
+def test_micro_batches_train_as_the_whole_batch(tiny_config: TrainConfig, norm: bool):
+    """To rounding without dropout and batch norm; with batch norm it is another normalisation, and training goes on."""
+    model = replace(
+        tiny_config.model,
+        vision=ViTConfig(image_size=16, patch_size=8, width=16, layers=1, heads=2),
+        text=replace(tiny_config.model.text, dropout=0.0),
+        h_head=tiny_config.model.h_head if norm else SharedHeadConfig(),
+    )
+    losses = []
+    for parts in (1, 3):
+        loop = replace(tiny_config.loop, accumulation=parts)
+        config = replace(tiny_config, name=f"parts{parts}", model=model, loop=loop, eval=EvalConfig())
+        train(config)
+        losses.append([r["loss"] for r in records(config) if "loss" in r])
+    assert losses[0] == pytest.approx(losses[1], rel=0.2 if norm else 1e-4)
+    assert (losses[0] == pytest.approx(losses[1], rel=1e-4)) != norm
 
 
 @pytest.mark.parametrize(
