@@ -3,7 +3,8 @@
 One thread each, in one process, in turns; ours with two threads as well. Photographs (benchmarks/photos.py) of 500 x
 375 and 2048 x 1536 pixels to views of 224. ``open_clip``: webdataset, Pillow, torchvision's RandomResizedCrop(.9, 1),
 bicubic, normalised floats. ``original``: Pillow and torchvision, the recipe's one weak and two strong views, captions
-left alone. ``floor``: libjpeg-turbo decoding alone. Ours gives uint8 views and packed token ids of augmented captions;
+left alone. FFCV and DALI, one view, with one thread and with two: benchmarks/loader_peers.py. ``floor``: libjpeg-turbo
+decoding alone. Ours gives uint8 views and packed token ids of augmented captions;
 normalising them belongs to the device. Without timing (``--benchmark-disable``) there are four generated pictures.
 """
 
@@ -17,10 +18,11 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import loader_peers
 import photos
 import pytest
 import simplejpeg
@@ -65,6 +67,9 @@ class Ours:
         self.epoch += 1
         self.loader.set_epoch(self.epoch)
         return sum(len(batch) for batch in self.loader)
+
+    def close(self) -> None:
+        self.loader.close()
 
 
 def jpegs(path: Path) -> list[bytes]:
@@ -121,35 +126,64 @@ def test_images_per_second(kind: str, views: int, quality: Quality, benchmark: A
     pictures = jpegs(path)
     image = plain_augment(224) if views == 1 else recipe_augment(224)
     ours, two = (Ours(path, image, workers, len(pictures), quality) for workers in (1, 2))
-    peers: dict[str, Epoch] = {"floor": lambda: floor(pictures), "ours, 2 threads": two}
+    others: dict[str, Epoch] = {"floor": lambda: floor(pictures), "ours, 2 threads": two}
+    others |= {"open_clip": lambda: open_clip(path)} if views == 1 else {"original": lambda: original(pictures[:100])}
     exact = Ours(path, image, 1, len(pictures))
     if quality == "fast":
-        peers["exact"] = exact
-    peers |= {"open_clip": lambda: open_clip(path)} if views == 1 else {"original": lambda: original(pictures[:100])}
-    rates: dict[str, list[float]] = {name: [] for name in (*peers, "ours")}
+        others["exact"] = exact
+    peers, notes = dict[str, Any](), list[str]()
+    if views == 1 and quality == "exact":  # FFCV and DALI make no several views of one decode
+        peers, notes = one_view_peers(path, len(pictures), tmp_path, threads=(1,) if small else (1, 2))
+    ours(), exact()  # compiles what is compiled
+    rates = paired_rates(ours, {**others, **peers}, benchmark, rounds=1 if small else 5)
+    for loader in (ours, two, exact, *peers.values()):
+        loader.close()
+    verdict = f"{what}, {kind}, {views} views, {quality}: " + "; ".join([*compared(rates), *notes])
+    benchmark.extra_info["verdict"] = verdict
+    print("\n" + verdict)
+
+
+def one_view_peers(
+    path: Path, count: int, folder: Path, *, threads: tuple[int, ...]
+) -> tuple[dict[str, Any], list[str]]:
+    """FFCV and DALI by name and threads, and why one is not there."""
+    made: dict[str, Any] = {}
+    missing: list[str] = []
+    for number in threads:
+        found, missing = loader_peers.peers(path, number, min(100, count), folder)
+        made |= {name if number == 1 else f"{name}, {number} threads": peer for name, peer in found.items()}
+    return made, missing
+
+
+def paired_rates(ours: Epoch, others: Mapping[str, Epoch], benchmark: Any, *, rounds: int) -> dict[str, list[float]]:
+    """Samples a second of everybody in each round, ours last."""
+    rates: dict[str, list[float]] = {name: [] for name in (*others, "ours")}
 
     def timed(name: str, epoch: Epoch) -> None:
+        torch.set_num_threads(1)  # torchvision's part; FFCV's loaders set it to theirs, for whoever comes after them
         start = time.perf_counter()
         count = epoch()
         rates[name].append(count / (time.perf_counter() - start))
 
-    def others() -> None:
-        for name, epoch in peers.items():
+    def before() -> None:
+        for name, epoch in others.items():
             timed(name, epoch)
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # torchvision's part of the peers
-    ours(), exact()  # compiles what is compiled
-    benchmark.pedantic(lambda: timed("ours", ours), setup=others, rounds=1 if small else 5)
+    benchmark.pedantic(lambda: timed("ours", ours), setup=before, rounds=rounds)
     torch.set_num_threads(threads)
-    ours.loader.close(), two.loader.close(), exact.loader.close()
-    middle = {name: statistics.median(values) for name, values in rates.items()}
-    ratios = {name: statistics.median(a / b for a, b in zip(rates["ours"], rates[name], strict=True)) for name in peers}
-    verdict = f"{what}, {kind}, {views} views, {quality}: ours {middle['ours']:.0f}/s; " + ", ".join(
-        f"{name} {middle[name]:.0f} (ours {ratios[name]:.2f} x)" for name in peers
-    )
-    benchmark.extra_info["verdict"] = verdict
-    print("\n" + verdict)
+    return rates
+
+
+def compared(rates: Mapping[str, list[float]]) -> list[str]:
+    """Everybody's rate, and how many times as fast ours is with as many threads."""
+    lines = []
+    for name, values in rates.items():
+        own = rates["ours, 2 threads" if name.endswith(", 2 threads") else "ours"]
+        ratio = statistics.median(a / b for a, b in zip(own, values, strict=True))
+        shown = "" if own is values else f" (ours {ratio:.2f} x)"
+        lines.append(f"{name} {statistics.median(values):.0f}/s{shown}")
+    return lines
 
 
 def test_time_to_first_batch(benchmark: Any, tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ class Trainer:
                 self._run_epoch(last, stop, bar)
                 self._evaluate_if_due()
         if self.saved_step != self.step:
-            self.save()
+            self.save(needed=True)
         if self.loader.skipped:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.loader.skipped.most_common())
             self.say(f"samples skipped: {reasons}")
@@ -199,7 +199,7 @@ class Trainer:
             if stopping or saving or ending or self.step % self.config.loop.log_every == 0:
                 self._log(output, watch, bar)  # which is also what keeps a bad step out of every checkpoint
             if stopping:
-                self.save()
+                self.save(needed=True)
                 raise Interrupted(f"stopped and saved at step {self.step}; the same command continues", stop.signum)
             if self.step == last:
                 return
@@ -354,11 +354,14 @@ class Trainer:
                 self.config.folder / "weights.safetensors", lambda temporary: save(self.evaluated_model, str(temporary))
             )
 
-    def save(self, *, best: bool = False) -> None:
-        """Write a checkpoint: everything that the next step depends on."""
+    def save(self, *, best: bool = False, needed: bool = False) -> None:
+        """Write a checkpoint: everything that the next step depends on.
+
+        A disk that is full or away for a while must not end a run: that is said, and the next time tried again. Only
+        one that is ``needed``, the run's last, raises ``Failed``.
+        """
         if torch.isfinite(self.first_bad_step) or not is_main():
             return  # never put a checkpoint after a bad step in the place of a good one
-        self.saved_step = self.step
         state = {
             "step": self.step,
             "measured_step": self.measured_step,
@@ -370,7 +373,14 @@ class Trainer:
             "average": None if self.average is None else self.average.state_dict(),
             "best_top1": self.best_top1,
         }
-        self.checkpoints.save(state, best=best)
+        try:
+            self.checkpoints.save(state, best=best)
+        except Failed as error:
+            if needed:
+                raise
+            self.say(f"{error}; the checkpoints before it are whole, and training goes on")
+            return
+        self.saved_step = self.step
 
     def _load(self) -> None:
         state = self.checkpoints.load_latest(map_location=self.device)

@@ -40,14 +40,17 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path):
     assert os.listdir(tmp_path) == ["file"]
 
 
-@pytest.mark.parametrize("damage", ["truncate", "empty", "garbage"])
+@pytest.mark.parametrize("damage", ["truncate", "empty", "garbage", "one bit"])
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(tmp_path: Path, damage: str):
     told: list[str] = []
     folder = CheckpointFolder(tmp_path, keep=3, report=told.append)
     folder.save(state(1))
     newest = folder.save(state(2))
     whole = newest.read_bytes()
-    newest.write_bytes({"truncate": whole[: len(whole) // 2], "empty": b"", "garbage": b"x" * len(whole)}[damage])
+    at = whole.index(torch.full((3,), 2.0).numpy().tobytes())
+    flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
+    damaged = {"truncate": whole[: len(whole) // 2], "empty": b"", "garbage": b"x" * len(whole), "one bit": flipped}
+    newest.write_bytes(damaged[damage])
     assert folder.load_latest()["step"] == 1
     assert len(told) == 1
     assert newest.name in told[0]

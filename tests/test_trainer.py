@@ -5,6 +5,8 @@ import json
 import math
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -402,6 +404,38 @@ def test_an_interrupted_command_exits_with_128_plus_the_signal(tiny_config: Trai
     assert process.returncode == 128 + signal.SIGTERM, errors
     assert "stopped and saved at step" in errors
     assert load_checkpoint(CheckpointFolder(config.folder / "checkpoints", keep=1).step_paths()[-1])["step"] >= 3
+
+
+@pytest.mark.system
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tiny_config: TrainConfig, tmp_path: Path, monkeypatch, capsys):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("no right to mount a small disk")
+    config = replace(tiny_config, out=disk, eval=EvalConfig())
+    filler, step = disk / "filler", Trainer.train_step
+
+    def fill_and_free(self: Trainer, batch: object) -> object:
+        if self.step == 5:
+            filler.write_bytes(b"x" * (shutil.disk_usage(disk).free - 2**15))  # leaves room for the log
+        if self.step == 9:
+            filler.unlink(missing_ok=True)
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "train_step", fill_and_free)
+    try:
+        assert train(config).step == 12
+        said = " ".join(capsys.readouterr().out.split())
+        assert re.search(
+            r"step-00000008\.pt could not be written \(.*; 0\.\d MiB are free there\); the checkpoints", said
+        )
+        paths = CheckpointFolder(config.folder / "checkpoints", keep=9).step_paths()
+        assert [load_checkpoint(path)["step"] for path in paths] == [4, 12]
+        filler.write_bytes(b"x" * (shutil.disk_usage(disk).free - 2**20))
+        with pytest.raises(Failed, match=r"step-0000000\d\.pt could not be written"):
+            train(replace(config, name="last", loop=replace(config.loop, max_steps=3)))
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["no batch norm", "batch norm"])
