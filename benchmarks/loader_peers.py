@@ -19,6 +19,7 @@ from rocket_fast.loaders.shards import ShardSet
 
 VIEW = weak_view(224)
 AHEAD = 2  # batches, as ours
+_KEPT: list[Any] = []
 
 
 class FFCV:
@@ -52,7 +53,8 @@ class FFCV:
         return sum(len(images) for images, _ in self.loader)
 
     def close(self) -> None:
-        self.loader = None
+        """Kept to the end: numba's finalizers of FFCV's functions raise, which breaks whatever Python is doing then."""
+        _KEPT.append(self.loader)
 
 
 class DALI:
