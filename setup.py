@@ -16,6 +16,8 @@ packages = [
 ]
 
 # What the package reads. Files that only the sdist has (MANIFEST.in), such as the tables' build script, stay out.
-package_data = {"rocket_fast": ["py.typed", "data/*.npy", "data/*.txt", "data/*.txt.xz", "data/*_LICENSE"]}
+package_data = {
+    "rocket_fast": ["py.typed", "data/*.npy", "data/*.txt", "data/*.txt.xz", "data/*_LICENSE", "data/*.html"]
+}
 
 setup(packages=packages, package_dir=package_dir, package_data=package_data, include_package_data=False)

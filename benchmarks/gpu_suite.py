@@ -33,6 +33,7 @@ from rocket_fast.config import provenance
 from rocket_fast.errors import MissingExtra
 from rocket_fast.image_augment import IMAGENET_MEAN, IMAGENET_STD, ViewConfig, ViewParams, draw, strong_view, weak_view
 from rocket_fast.kernels import clip_loss, clip_terms, log_sum_exp, multiview_clip_loss, siglip_loss
+from rocket_fast.kernels.projector import batch_norm_relu, batch_norm_relu_linear
 
 BUDGET = 220.0
 """Seconds for everything, of the four minutes that the suite may take."""
@@ -617,6 +618,58 @@ def run_views_timing(name: str, config: ViewConfig, machine: Machine) -> Result:
     return Result("views", f"{len(params)} {name} views, {side} pixels", figures=figures)
 
 
+# --- batch norm, ReLU and the linear layer after them -----------------------------------------------------------------
+
+
+def norm_inputs(rows: int, width: int, out: int, dtype: torch.dtype, machine: Machine) -> list[Tensor]:
+    """x, weight and bias of the norm, matrix of the layer after it: leaves."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((rows, width), dtype), ((width,), FP32), ((width,), FP32), ((out, width), dtype)
+    drawn = [torch.randn(shape, generator=generator).to(machine.device, kind) for shape, kind in shapes]
+    drawn[0] += 3
+    return [tensor.requires_grad_() for tensor in drawn]
+
+
+def run_norm_check(dtype: torch.dtype, machine: Machine) -> Result:
+    """Output and gradients against torch's layers in float64."""
+    rows, width, out = machine.size(4096), machine.width(3001), machine.width(256)
+    inputs = norm_inputs(rows, width, out, dtype, machine)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    x, weight, bias, matrix = inputs
+    options = {"training": True, "momentum": 0.1, "eps": 1e-5}
+    found = batch_norm_relu_linear(x, weight, bias, None, None, matrix, **options)
+    x, weight, bias, matrix = exact
+    expected = F.linear(F.relu(F.batch_norm(x, None, None, weight, bias, training=True)), matrix)
+    upstream = torch.randn_like(expected)
+    mine = found.detach(), *torch.autograd.grad(found, inputs, upstream.to(dtype))
+    right = expected.detach(), *torch.autograd.grad(expected, exact, upstream)
+    names = ("value", "d x", "d weight", "d bias", "d matrix")
+    figures = {n: float((a.double() - b).norm() / b.norm()) for n, a, b in zip(names, mine, right, strict=True)}
+    passed = all(error < {BF16: 1e-2, FP16: 2e-3, FP32: 1e-5}[dtype] for error in figures.values())  # False for NaN
+    return Result("projector", f"as in float64, {str(dtype)[6:]}", "ok" if passed else "FAILED", figures)
+
+
+def run_norm_timing(dtype: torch.dtype, machine: Machine) -> Result:
+    """Norm and ReLU, forward and backward, beside torch's; bytes that ours must move, a second."""
+    rows, width = machine.size(4096), machine.width(4096)
+    x, weight, bias, _ = norm_inputs(rows, width, 1, dtype, machine)
+    upstream, running = torch.randn_like(x), (torch.zeros_like(weight), torch.ones_like(bias))
+    options = {"training": True, "momentum": 0.1, "eps": 1e-5}
+
+    def ours() -> Tensor:
+        return batch_norm_relu(x, weight, bias, *running, **options)
+
+    def plain() -> Tensor:
+        return F.relu(F.batch_norm(x, *running, weight, bias, **options), inplace=True)
+
+    def step(forward: Callable[[], Tensor]) -> float:
+        return median_seconds(lambda: torch.autograd.grad(forward(), (x, weight, bias), upstream), machine)
+
+    seconds, theirs = step(ours), step(plain)
+    figures = {"ms": 1e3 * seconds, "torch ms": 1e3 * theirs, "GB/s": 8e-9 * x.nbytes / seconds}
+    return Result("projector", f"{rows} x {width}, {str(dtype)[6:]}", figures=figures)
+
+
 # --- the list ---------------------------------------------------------------------------------------------------------
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -690,6 +743,8 @@ def rows() -> list[Row]:
         Row("views", f"as on the CPU, {view.size}", partial(run_views_check, view), 30) for view in CHECKED_VIEWS
     ]
     result += [Row("views", name, partial(run_views_timing, name, view), 5) for name, view in TIMED_VIEWS.items()]
+    result += [Row("projector", f"as in float64, {str(d)[6:]}", partial(run_norm_check, d), 10) for d in (BF16, FP32)]
+    result += [Row("projector", str(d)[6:], partial(run_norm_timing, d), 5) for d in (BF16, FP32)]
     result += [Row("time", name, partial(run_timing, case), 40) for name, case in CUDA_CASES.items()]
     result += [Row("check", str(check), partial(run_check, check), 40) for check in CHECKS[-1:]]
     return result
@@ -721,7 +776,7 @@ def add_shares(results: list[Result]) -> None:
     """Our speed as a share of the fastest measured product of the same dtype, or of the copy where memory decides."""
     moved = [result for result in results if "GB/s" in result.figures]
     for copy in (result.figures["GB/s"] for result in moved if result.kind == "ceiling"):
-        for figures in (result.figures for result in moved if result.kind == "views"):
+        for figures in (result.figures for result in moved if result.kind in ("views", "projector")):
             figures["of the copy"] = figures["GB/s"] / copy
     ceilings: dict[str, float] = {}
     for figures in (result.figures for result in results if "dtype" in result.figures):

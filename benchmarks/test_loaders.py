@@ -14,6 +14,8 @@ import functools
 import io
 import random
 import statistics
+import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Callable, Mapping
@@ -28,19 +30,36 @@ import torch
 from PIL import Image, ImageFilter
 
 from rocket_fast.image_augment import ImageAugmentConfig, plain_augment, recipe_augment
-from rocket_fast.loaders.base import DataConfig
+from rocket_fast.loaders.base import DataConfig, Quality
 from rocket_fast.loaders.cpu import CPULoader
 from rocket_fast.text_augment import TextAugmentConfig
 from rocket_fast.tokenizer import Tokenizer
 
 Epoch = Callable[[], int]
+FIRST_BATCH = """
+import sys, time
+start = time.perf_counter()
+from rocket_fast.image_augment import recipe_augment
+from rocket_fast.loaders.base import DataConfig
+from rocket_fast.loaders.cpu import CPULoader
+from rocket_fast.text_augment import TextAugmentConfig
+from rocket_fast.tokenizer import Tokenizer
+imported = time.perf_counter()
+data = DataConfig(train=(sys.argv[1],), batch_size=int(sys.argv[2]))
+loader = CPULoader(data, recipe_augment(224), TextAugmentConfig(), Tokenizer(), seed=0)
+next(iter(loader))
+print(imported - start, time.perf_counter() - imported)
+loader.close()
+"""
 
 
 class Ours:
     """An epoch of the CPU loader."""
 
-    def __init__(self, path: Path, image: ImageAugmentConfig, workers: int, count: int) -> None:
-        data = DataConfig(train=(str(path),), batch_size=min(100, count), workers=workers)
+    def __init__(
+        self, path: Path, image: ImageAugmentConfig, workers: int, count: int, quality: Quality = "exact"
+    ) -> None:
+        data = DataConfig(train=(str(path),), batch_size=min(100, count), workers=workers, quality=quality)
         text = TextAugmentConfig() if image.strong else None
         self.loader, self.epoch = CPULoader(data, image, text, Tokenizer(), seed=0), 0
 
@@ -100,31 +119,37 @@ def original(pictures: list[bytes]) -> int:
 
 @pytest.mark.parametrize("kind", photos.SIZES)
 @pytest.mark.parametrize("views", [1, 3])
-def test_images_per_second(kind: str, views: int, benchmark: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quality", ["exact", "fast"])
+def test_images_per_second(kind: str, views: int, quality: Quality, benchmark: Any, tmp_path: Path) -> None:
     small = benchmark.disabled
     path, what = photos.shard(kind, count=4, folder=tmp_path, real=False) if small else photos.shard(kind)
     pictures = jpegs(path)
     image = plain_augment(224) if views == 1 else recipe_augment(224)
-    ours, two = (Ours(path, image, workers, len(pictures)) for workers in (1, 2))
+    ours, two = (Ours(path, image, workers, len(pictures), quality) for workers in (1, 2))
     others: dict[str, Epoch] = {"floor": lambda: floor(pictures), "ours, 2 threads": two}
     others |= {"open_clip": lambda: open_clip(path)} if views == 1 else {"original": lambda: original(pictures[:100])}
-    peers, notes = one_view_peers(path, len(pictures), tmp_path, threads=(1,) if small else (1, 2), views=views)
-    ours()  # compiles what is compiled
+    exact = Ours(path, image, 1, len(pictures))
+    if quality == "fast":
+        others["exact"] = exact
+    peers, notes = dict[str, Any](), list[str]()
+    if views == 1 and quality == "exact":  # FFCV and DALI make no several views of one decode
+        peers, notes = one_view_peers(path, len(pictures), tmp_path, threads=(1,) if small else (1, 2))
+    ours(), exact()  # compiles what is compiled
     rates = paired_rates(ours, {**others, **peers}, benchmark, rounds=1 if small else 5)
-    for loader in (ours, two, *peers.values()):
+    for loader in (ours, two, exact, *peers.values()):
         loader.close()
-    verdict = f"{what}, {kind}, {views} views: " + "; ".join([*compared(rates), *notes])
+    verdict = f"{what}, {kind}, {views} views, {quality}: " + "; ".join([*compared(rates), *notes])
     benchmark.extra_info["verdict"] = verdict
     print("\n" + verdict)
 
 
 def one_view_peers(
-    path: Path, count: int, folder: Path, *, threads: tuple[int, ...], views: int
+    path: Path, count: int, folder: Path, *, threads: tuple[int, ...]
 ) -> tuple[dict[str, Any], list[str]]:
-    """FFCV and DALI by name and threads, and why one is not there; neither makes several views of one decode."""
+    """FFCV and DALI by name and threads, and why one is not there."""
     made: dict[str, Any] = {}
     missing: list[str] = []
-    for number in threads if views == 1 else ():
+    for number in threads:
         found, missing = loader_peers.peers(path, number, min(100, count), folder)
         made |= {name if number == 1 else f"{name}, {number} threads": peer for name, peer in found.items()}
     return made, missing
@@ -159,3 +184,21 @@ def compared(rates: Mapping[str, list[float]]) -> list[str]:
         shown = "" if own is values else f" (ours {ratio:.2f} x)"
         lines.append(f"{name} {statistics.median(values):.0f}/s{shown}")
     return lines
+
+
+def test_time_to_first_batch(benchmark: Any, tmp_path: Path) -> None:
+    """In a fresh process, with what is compiled already on disk: the full recipe, 100 small pictures, two threads."""
+    small = benchmark.disabled
+    path, what = photos.shard("small", count=4, folder=tmp_path, real=False) if small else photos.shard("small")
+    times: list[list[float]] = []
+
+    def start() -> None:
+        command = [sys.executable, "-c", FIRST_BATCH, str(path), str(4 if small else 100)]
+        times.append([float(part) for part in subprocess.check_output(command, text=True).split()])
+
+    start()  # compiles what is compiled
+    benchmark.pedantic(start, rounds=1 if small else 5)
+    importing, first = (statistics.median(column) for column in zip(*times[1:], strict=True))
+    verdict = f"{what}: {first:.2f} s from opening the loader to its first batch, after {importing:.2f} s of importing"
+    benchmark.extra_info["verdict"] = verdict
+    print("\n" + verdict)

@@ -11,7 +11,7 @@
 ==============================  ===========================================================================
 
 The first three are fused: no N x M matrix is made or kept, on the GPU (Triton) or the CPU. BarLIP makes no matrix of
-features by features either. ``clip_terms`` and
+features by features either, and SwALIP none of samples by samples beyond its workspace. ``clip_terms`` and
 ``multiview_clip_terms`` give their parts (per direction, with accuracies), ``log_sum_exp`` what they are made of;
 ``negative_cosine_loss``, ``barlow_loss`` and ``sinkhorn`` are what the others are made of.
 
@@ -29,17 +29,10 @@ from rocket_fast.kernels.contrastive import (
     multiview_clip_loss,
     multiview_clip_terms,
 )
-from rocket_fast.kernels.reference import (
-    ClipTerms,
-    MultiviewClipTerms,
-    Reduction,
-    negative_cosine_loss,
-    siamlip_loss,
-    sinkhorn,
-    swalip_loss,
-    swalip_prototypes_loss,
-)
+from rocket_fast.kernels.cosine import negative_cosine_loss, siamlip_loss
+from rocket_fast.kernels.reference import ClipTerms, MultiviewClipTerms, Reduction
 from rocket_fast.kernels.sigmoid import siglip_loss
+from rocket_fast.kernels.sinkhorn import sinkhorn, swalip_loss, swalip_prototypes_loss
 
 __all__ = [
     "ClipTerms",

@@ -11,6 +11,7 @@ pictures much more reduced in height than in width take rows first there: seldom
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ numba = optional_import("numba", "train")
 
 Four = tuple[float, float, float, float]
 _MARGIN_LEVELS = 8  # what a JPEG's noise stays below
+_ROUNDING = 1e-6  # of a source pixel: what a window may be off by
 _SAME = np.eye(3)
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's "L"; image_augment.LUMA, but numba's cache sees only this file
 
@@ -137,7 +139,8 @@ def _resize(source: np.ndarray, window: Four, bounded: bool, flip: bool, view: n
     h, w = view.shape[1:]
     low_y, high_y, low_x, high_x = 0, source.shape[0], 0, source.shape[1]
     if bounded:
-        low_y, high_y, low_x, high_x = int(top), int(top + height), int(left), int(left + width)
+        low_y, high_y = int(top), min(high_y, math.ceil(top + height - _ROUNDING))
+        low_x, high_x = int(left), min(high_x, math.ceil(left + width - _ROUNDING))
     first_y, count_y, weight_y = _bicubic_taps(top, height, low_y, high_y, h)
     first_x, count_x, weight_x = _bicubic_taps(left, width, low_x, high_x, w)
     row, end_row = first_y[0], first_y[-1] + count_y[-1]
@@ -374,7 +377,7 @@ def render_view(source: np.ndarray, params: ViewParams, out: np.ndarray) -> None
     top, left, rows, columns = p.window
     inside = top >= 0 and left >= 0 and rows > 0 and columns > 0
     require(inside, "window", p.window, "an area that begins inside the picture")
-    inside = top + rows <= height + 1e-6 and left + columns <= width + 1e-6
+    inside = top + rows <= height + _ROUNDING and left + columns <= width + _ROUNDING
     require(inside, "window", p.window, f"one that ends inside the picture of {height} x {width}")
     recolour = bool((p.matrix != _SAME).any() or p.shift.any())
     warped = p.warp != (1.0, 0.0, 0.0, 1.0)

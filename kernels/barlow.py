@@ -13,7 +13,7 @@ left besides is one multiplication and one sum an entry.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -62,17 +62,20 @@ class _Sides:
         return tile.to(self.x_NP.dtype) if self.narrow else tile
 
 
-def _by_samples(sides: _Sides, gradients: tuple[Tensor, Tensor] | None, tile: int) -> Tensor:
-    """``sum C^2 N^2``, float64, and half its gradients, from Gram matrices, ``tile`` rows of them at a time."""
-    x_NP, y_NP = sides.x_NP, sides.y_NP
-    total = x_NP.new_zeros((), dtype=torch.float64)
-    for start in range(0, x_NP.shape[0], tile):
+def _by_samples(own: _Sides, everyone: _Sides, gradients: tuple[Tensor, Tensor] | None, tile: int) -> Tensor:
+    """``own``'s rows' part of ``sum C^2 N^2``, float64, and half its gradients to them, from Gram matrices.
+
+    ``tile`` rows of those at a time; ``everyone`` has all samples, and is ``own`` itself in one process.
+    """
+    total = own.x_NP.new_zeros((), dtype=torch.float64)
+    for start in range(0, own.x_NP.shape[0], tile):
         rows = slice(start, start + tile)
-        gram_x, gram_y = sides.product(x_NP[rows], x_NP.T), sides.product(y_NP[rows], y_NP.T)
+        gram_x = own.product(own.x_NP[rows], everyone.x_NP.T)
+        gram_y = own.product(own.y_NP[rows], everyone.y_NP.T)
         total += row_products(gram_x, gram_y).sum(dtype=torch.float64)
         if gradients is not None:
-            sides.put(gradients[0][rows], sides.factor(gram_y), x_NP)
-            sides.put(gradients[1][rows], sides.factor(gram_x), y_NP)
+            own.put(gradients[0][rows], own.factor(gram_y), everyone.x_NP)
+            own.put(gradients[1][rows], own.factor(gram_x), everyone.y_NP)
     return total
 
 
@@ -101,21 +104,72 @@ def _forward_backward(
     """The loss () and its gradients to both sides, in the precision computed with (empty if not needed)."""
     with without_autocast(x_NP.device.type):
         (samples, features), sides = x_NP.shape, _Sides(x_NP, y_NP)
-        by_samples = 4 * samples < 3 * features
-        # Both Gram matrices' rows, or C's, and as much again where rows are multiplied one by one.
-        entries = workspace // (sides.dtype.itemsize * (3 * samples if by_samples else 2 * features))
-        d_x_NP, d_y_NP = (x_NP.new_zeros(x_NP.shape if need_grad else (0,), dtype=sides.dtype) for _ in range(2))
-        gradients = (d_x_NP, d_y_NP) if need_grad else None
-        total = (_by_samples if by_samples else _by_features)(sides, gradients, max(1, entries))
-        diagonal_P = sides.diagonal() / samples
-        squares = diagonal_P.square().sum()
-        loss = scale * ((1 - diagonal_P).square().sum() + lambda_ * (total / samples**2 - squares))
-        if need_grad:
-            # To C's diagonal; its squares are in the total, too.
-            own_P = (scale / samples * (-2 * (1 - diagonal_P) - 2 * lambda_ * diagonal_P)).to(sides.dtype)
-            for gradient, other in ((d_x_NP, sides.y_NP), (d_y_NP, sides.x_NP)):
-                gradient.mul_(2 * lambda_ * scale / samples**2).addcmul_(other.to(sides.dtype), own_P)
-        return loss.to(sides.dtype), d_x_NP, d_y_NP
+        gradients = _room_for_gradients(x_NP, need_grad)
+        if by_samples(samples, features):
+            total = _by_samples(sides, sides, gradients, _gram_rows(sides, samples, workspace))
+        else:
+            total = _by_features(sides, gradients, max(1, workspace // (2 * features * sides.dtype.itemsize)))
+        loss = _finish(sides, sides.diagonal(), total, gradients, samples, lambda_, scale)
+        empty = x_NP.new_empty(0, dtype=sides.dtype)
+        return loss, *(gradients or (empty, empty.clone()))
+
+
+def by_samples(samples: int, features: int) -> bool:
+    """Whether Gram matrices take fewer products than C."""
+    return 4 * samples < 3 * features
+
+
+def _gram_rows(sides: _Sides, samples: int, workspace: int) -> int:
+    """Both Gram matrices' rows, and as much again where rows are multiplied one by one."""
+    return max(1, workspace // (3 * samples * sides.dtype.itemsize))
+
+
+def _room_for_gradients(x_NP: Tensor, need_grad: bool) -> tuple[Tensor, Tensor] | None:
+    if not need_grad:
+        return None
+    return torch.zeros_like(x_NP, dtype=compute_dtype(x_NP)), torch.zeros_like(x_NP, dtype=compute_dtype(x_NP))
+
+
+def _finish(
+    sides: _Sides,
+    diagonal_P: Tensor,
+    total: Tensor,
+    gradients: tuple[Tensor, Tensor] | None,
+    samples: int,
+    lambda_: float,
+    scale: float,
+) -> Tensor:
+    """The loss, of ``N C``'s diagonal and the sum of its squares; gradients become those to ``sides``' rows."""
+    diagonal_P = diagonal_P / samples
+    squares = diagonal_P.square().sum()
+    if gradients is not None:
+        # To C's diagonal; its squares are in the total, too.
+        own_P = (scale / samples * (-2 * (1 - diagonal_P) - 2 * lambda_ * diagonal_P)).to(sides.dtype)
+        for gradient, other in zip(gradients, (sides.y_NP, sides.x_NP), strict=True):
+            gradient.mul_(2 * lambda_ * scale / samples**2).addcmul_(other.to(sides.dtype), own_P)
+    loss = scale * ((1 - diagonal_P).square().sum() + lambda_ * (total / samples**2 - squares))
+    return loss.to(sides.dtype)
+
+
+def barlow_of_rows(
+    own: tuple[Tensor, Tensor],
+    everyone: tuple[Tensor, Tensor],
+    *,
+    lambda_: float,
+    scale: float,
+    need_grad: bool,
+    workspace: int,
+    total: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """The loss of all samples, of which some are ``own`` (x, y), and its gradients to those: what a rank has to do.
+
+    ``total``: from float64 numbers (1 + P) of this process to their sum over all processes.
+    """
+    sides, all_sides = _Sides(*own), _Sides(*everyone)
+    samples, gradients = len(all_sides.x_NP), _room_for_gradients(own[0], need_grad)
+    part = _by_samples(sides, all_sides, gradients, _gram_rows(sides, samples, workspace))
+    sums = total(torch.cat([part[None], sides.diagonal()]))
+    return _finish(sides, sums[1:], sums[0], gradients, samples, lambda_, scale), gradients
 
 
 @_forward_backward.register_fake

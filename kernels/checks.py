@@ -7,18 +7,26 @@ import numbers
 from collections.abc import Sequence
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from rocket_fast.errors import require
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def require_matrix(name: str, x: Tensor) -> None:
     """A floating point matrix with at least one row and one column."""
     require(isinstance(x, Tensor), name, type(x), "a tensor")
+    require(x.layout == torch.strided, name, x.layout, "a dense tensor")
     shape = tuple(x.shape)
     require(x.ndim == 2 and min(shape) > 0, name, shape, "a shape (N, D) with N >= 1 and D >= 1")
-    require(x.is_floating_point(), name, x.dtype, "a floating point dtype")
+    require(x.dtype in DTYPES, name, x.dtype, "float16, bfloat16, float32 or float64")
+    if not torch.compiler.is_compiling():
+        # Operations without a forward derivative would let the tangent vanish without a word.
+        tangent = forward_ad.unpack_dual(x).tangent
+        require(tangent is None, name, "a tensor with a tangent (jvp)", "one without: derivatives are backward only")
 
 
 def require_pair(first_name: str, first: Tensor, second_name: str, second: Tensor, *, one_dtype: bool = True) -> None:
@@ -67,12 +75,22 @@ def require_scalar(name: str, value: Tensor | float, device: torch.device | None
     """One number: finite wherever that can be seen without waiting for a device, on ``device`` if it is a tensor."""
     if not isinstance(value, Tensor):
         known = not torch.compiler.is_compiling()  # a number that changes from call to call is a symbol there
-        number = isinstance(value, numbers.Real) and (not known or math.isfinite(value))
+        number = isinstance(value, numbers.Real) and not isinstance(value, bool) and (not known or math.isfinite(value))
         require(number, name, value, "a finite number or a tensor of one")
         return
     require(value.numel() == 1, name, f"a tensor of shape {tuple(value.shape)}", "one value")
     require_finite(name, value)
     require(device is None or value.device == device, name, value.device, f"the device of the embeddings, {device}")
+
+
+def require_scale(name: str, value: Tensor | float, device: torch.device | None = None) -> None:
+    """``require_scalar``, and where it is seen not negative: an inverse temperature, after exp."""
+    require_scalar(name, value, device)
+    if isinstance(value, Tensor):
+        known = values_visible(value)
+        require(not known or float(value.detach()) >= 0, name, value, "an inverse temperature >= 0, after exp")
+    elif not torch.compiler.is_compiling():
+        require(value >= 0, name, value, "an inverse temperature >= 0, after exp")
 
 
 def values_visible(value: Tensor) -> bool:

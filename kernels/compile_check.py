@@ -27,6 +27,8 @@ import torch
 from rocket_fast.errors import optional_import
 from rocket_fast.kernels import triton_augment as augment
 from rocket_fast.kernels import triton_contrastive as contrastive
+from rocket_fast.kernels import triton_cosine as cosine
+from rocket_fast.kernels import triton_projector as projector
 
 triton: Any = optional_import("triton", "gpu")
 
@@ -95,6 +97,50 @@ class ViewsCase:
 
 
 @dataclass(frozen=True)
+class CosineCase:
+    """Predictions and targets of ``D`` features, three views a side, which every device takes alike."""
+
+    arch: int
+    dtype: str
+    D: int
+    table: int | None = None
+    size: str = "cosine"
+    options: str = "-"
+
+    def run(self) -> None:
+        """Both launches, on tensors that hold nothing."""
+        x = torch.empty(2, 3, 4096, self.D, dtype=DTYPES[self.dtype], device="meta")
+        loss, *norms = cosine.cosine_forward(x, x)
+        cosine.cosine_backward(loss, x, x, *norms)
+
+
+@dataclass(frozen=True)
+class ProjectorCase:
+    """Batch norm of ``D`` features in ``dtype``, float32 parameters; ``options`` names what there is of them."""
+
+    arch: int
+    dtype: str
+    D: int
+    options: str = "relu+affine"
+    size: str = "projector"
+    table: int | None = None
+
+    def run(self) -> None:
+        """Every pass once, on tensors that hold nothing."""
+        x = torch.empty(4096, self.D, dtype=DTYPES[self.dtype], device="meta")
+        vector = x.new_empty(self.D, dtype=torch.float32)
+        given = vector if "affine" in self.options else None
+        known = vector, vector, given, given, "relu" in self.options
+        projector.moments(x)
+        projector.normalize(x, *known, torch.empty_like(x))
+        projector.sums(x, x, *known)
+        projector.input_gradient(x, x, *known, vector.new_empty(2, self.D), torch.empty_like(x))
+
+
+AnyCase = Case | ViewsCase | CosineCase | ProjectorCase
+
+
+@dataclass(frozen=True)
 class Launch:
     """All that one kernel's compilation depends on, but for the architecture."""
 
@@ -109,7 +155,7 @@ class Launch:
     @property
     def tile(self) -> str:
         named = {self.kernel.arg_names[index]: value for index, value in self.constants}
-        sizes = [str(named[name]) for name in ("TILE", "ROWS", "COLUMNS", "WIDTH", "BLOCK") if name in named]
+        sizes = [str(named[name]) for name in ("TILE", "ROWS", "SLABS", "COLUMNS", "WIDTH", "BLOCK") if name in named]
         return "x".join(sizes) + f" w{self.warps} s{self.stages}" + (f" r{self.limit}" if self.limit else "")
 
 
@@ -143,7 +189,7 @@ class Row:
 # --- what would be launched -------------------------------------------------------------------------------------------
 
 
-def launches(case: Case | ViewsCase) -> list[Launch]:
+def launches(case: AnyCase) -> list[Launch]:
     """The kernels that the operations of ``case`` launch, each once."""
     recorded: list[Launch] = []
 
@@ -154,8 +200,9 @@ def launches(case: Case | ViewsCase) -> list[Launch]:
 
     table = case.arch if case.table is None else case.table
     with contextlib.ExitStack() as patches:
-        for module in (contrastive, augment):
+        for module in (contrastive, augment, projector, cosine):
             patches.enter_context(mock.patch.object(module, "_launch", record))
+        for module in (contrastive, augment):
             patches.enter_context(mock.patch.object(module, "_architecture", return_value=table))
         case.run()
     return recorded
@@ -232,7 +279,7 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def rows(cases: Iterable[Case | ViewsCase]) -> Iterator[Row]:
+def rows(cases: Iterable[AnyCase]) -> Iterator[Row]:
     """One row for every kernel of every case."""
     for case in cases:
         for launch in launches(case):
@@ -252,10 +299,22 @@ def views_cases() -> list[ViewsCase]:
     return cases + [ViewsCase(arch, dtype, D, table=0) for arch, dtype, D in default]
 
 
-def all_cases() -> list[Case | ViewsCase]:
+def cosine_cases() -> list[CosineCase]:
+    """Every input type; few features and the most; a width that is a multiple of 16 and one that is not."""
+    widths = (100, 128, 2048, cosine.MOST)
+    return [CosineCase(arch, dtype, D) for arch, dtype, D in itertools.product(ARCHITECTURES, DTYPES, widths)]
+
+
+def projector_cases() -> list[ProjectorCase]:
+    """Every type; widths that are a multiple of 16 and that are not; with and without ReLU and affine part."""
+    what = itertools.product(ARCHITECTURES, DTYPES, (4096, 3001), ("relu+affine", "relu", "affine", "-"))
+    return [ProjectorCase(*each) for each in what]
+
+
+def all_cases() -> list[AnyCase]:
     """Every pinned configuration with every option; the default one on the oldest and the newest architecture."""
     inputs = [("bf16", width) for width in (256, 512, 768, 1024)] + [("fp16", 512), ("fp32", 512)]
-    cases: list[Case | ViewsCase] = [
+    cases: list[AnyCase] = [
         Case(arch, dtype, D, size, normalize, smoothing)
         for arch, (dtype, D), size, normalize, smoothing in itertools.product(
             ARCHITECTURES, inputs, SIZES, (False, True), (0.0, 0.1)
@@ -263,7 +322,7 @@ def all_cases() -> list[Case | ViewsCase]:
     ]
     default = itertools.product((80, 100), DTYPES, SIZES, (False, True))
     cases += [Case(arch, dtype, 512, size, normalize, 0.1, table=0) for arch, dtype, size, normalize in default]
-    return cases + views_cases()
+    return [*cases, *views_cases(), *cosine_cases(), *projector_cases()]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -25,6 +25,7 @@ from rocket_fast.kernels.checks import (
     require_same_rows,
     require_same_width,
     require_scalar,
+    require_scale,
     require_smoothing,
     require_views,
 )
@@ -338,6 +339,14 @@ def as_number(value: Tensor | float, like: Tensor) -> Tensor:
     return torch.full((), value, dtype=dtype, device=like.device)
 
 
+def side_by_side(views: Sequence[Tensor]) -> Tensor:
+    """All views in one tensor (V, ...), in their own dtype; of a single one no copy is made."""
+    if len(views) == 1:
+        return views[0][None]
+    with without_autocast(views[0].device.type):  # which takes no float16 on the CPU
+        return torch.stack(tuple(views))
+
+
 def workspace_bytes(workspace_mib: float) -> int:
     """The scratch memory's size. Very little makes tiny tiles, and many of them."""
     require(0 < workspace_mib < float("inf"), "workspace_mib", workspace_mib, "a finite number of MiB > 0")
@@ -434,8 +443,8 @@ def clip_loss(
         row_offset: which column row 0 belongs to, where the images are a part of the batch that the texts are all of.
             Rows and columns without a partner are negatives only; the losses are means over those with one.
         targets: positives other than by position: int (N,), every image's text; int (N, K), several, -1 for none; or a
-            sparse COO or CSR tensor (N, M) of weights >= 0. Rows count as distributions over their texts, columns over
-            their images; rows and columns without any are negatives only.
+            sparse COO or CSR tensor (N, M) of weights >= 0, around which torch.compile breaks its graph. Rows count as
+            distributions over their texts, columns over their images; rows and columns without any are negatives only.
         normalize: scale every row to unit length first; its derivative is part of the operation.
         reduction: "avg" is the mean of the two directions, "sum" their sum.
         workspace_mib: MiB of scratch memory.
@@ -444,9 +453,9 @@ def clip_loss(
         0-dimensional, float32 (float64 for float64 inputs), in nats.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, a scale or bias that is not one finite number, a bad
-            smoothing, offset, target or reduction. What only a device knows (a scale's value, a target's) is checked
-            on the CPU alone.
+        ValueError: shapes, dtypes or devices that do not fit, a scale or bias that is not one finite number, a
+            negative scale, a bad smoothing, offset, target or reduction. What only a device knows (a scale's value, a
+            target's) is checked on the CPU alone, and not in compiled code.
 
     Source: CLIP (Radford et al. 2021, fig. 3).
     """
@@ -595,7 +604,7 @@ def _clip_parts(
     ``names``: how errors call the sides and the smoothing.
     """
     require_same_width(names[0], image_ND, names[1], text_MD)
-    require_scalar("logit_scale", logit_scale, image_ND.device)
+    require_scale("logit_scale", logit_scale, image_ND.device)
     require_smoothing(label_smoothing, names[2])
     image, text = as_factors(names[0], image_ND, names[1], text_MD)
     scale = as_number(logit_scale, image)
@@ -683,7 +692,7 @@ def _pair_scales(scale: Tensor | float | None, views: int, like: Tensor) -> Tens
         require(scale.device == like.device, "h_logit_scale", scale.device, f"the embeddings' device, {like.device}")
         require_finite("h_logit_scale", scale)
         return scale.to(compute_dtype(like))
-    require_scalar("h_logit_scale", scale, like.device)
+    require_scale("h_logit_scale", scale, like.device)
     return as_number(scale, like).expand(views, views)
 
 

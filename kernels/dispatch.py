@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -16,13 +17,11 @@ from rocket_fast.kernels import tiled
 
 
 @functools.cache
-def _triton_kernels() -> ModuleType | None:
-    """The Triton implementation, or None where triton is not installed; it is not imported before it is needed."""
+def _triton_module(name: str) -> ModuleType | None:
+    """A file of Triton kernels, or None where triton is not installed; it is not imported before it is needed."""
     if importlib.util.find_spec("triton") is None:
         return None
-    from rocket_fast.kernels import triton_contrastive
-
-    return triton_contrastive
+    return importlib.import_module(f"rocket_fast.kernels.{name}")
 
 
 def autocast_on(device_type: str) -> bool:
@@ -35,12 +34,17 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     return torch.autocast(device_type, enabled=False) if autocast_on(device_type) else nullcontext()
 
 
-def implementation(x: Tensor) -> ModuleType:
-    """The module whose operations serve ``x``: Triton on CUDA (and ROCm), and on the CPU under its interpreter.
+def triton_kernels(name: str, x: Tensor) -> ModuleType | None:
+    """That file's kernels if they serve ``x``: on CUDA (and ROCm), and on the CPU under Triton's interpreter.
 
-    float64 always takes the tiles: no tensor core computes with it, and who uses it wants the digits.
+    Never float64: no tensor core computes with it, and who uses it wants the digits.
     """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if x.dtype == torch.float64 or not (x.is_cuda or interpreted):
-        return tiled
-    return _triton_kernels() or tiled
+        return None
+    return _triton_module(name)
+
+
+def implementation(x: Tensor) -> ModuleType:
+    """The module whose contrastive operations serve ``x``: Triton's kernels where they run, else the tiles."""
+    return triton_kernels("triton_contrastive", x) or tiled

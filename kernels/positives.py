@@ -128,6 +128,11 @@ def _from_indices(targets: Tensor, rows: int, columns: int, dtype: torch.dtype) 
     require(fits, "targets", shape, lambda: f"a shape ({rows},) or ({rows}, K)")
     require(targets.numel() > 0, "targets", shape, lambda: f"a shape ({rows}, K) with K >= 1")
     targets = targets.to(torch.int64)
+    if shape[1:] == (columns,) and columns > 2:
+        # No row lists all texts. What is as wide as there are texts is a matrix of 0 and 1, whose meaning is another.
+        matrix = columns > 8 or (values_visible(targets) and bool(((targets == 0) | (targets == 1)).all()))
+        expected = "texts' numbers, -1 for none; a matrix of 0 and 1 is given as targets.to_sparse()"
+        require(not matrix, "targets", f"a shape {shape}, as many columns as texts", expected)
     if values_visible(targets):
         smallest, largest = int(targets.min()), int(targets.max())
         require(smallest >= -1, "targets", f"{smallest} among its values", "texts' numbers >= 0, or -1 for none")
@@ -145,10 +150,11 @@ def _from_sparse(targets: Tensor, rows: int, columns: int, dtype: torch.dtype) -
     shape = tuple(targets.shape)
     require(shape == (rows, columns), "targets", shape, lambda: f"a sparse tensor of shape ({rows}, {columns})")
     matrix = targets.detach().to_sparse_coo().coalesce()
-    (row_E, column_E), weight_E = matrix.indices(), matrix.values().to(dtype)
+    # Copies: torch.compile trips over tensors that are views of a sparse one.
+    (row_E, column_E), weight_E = matrix.indices().clone(), matrix.values().to(dtype, copy=True)
     if values_visible(weight_E):
         fine = bool((weight_E.isfinite() & (weight_E >= 0)).all())
-        require(fine, "targets", weight_E.tolist(), "finite weights >= 0")
+        require(fine, "targets", weight_E, "finite weights >= 0")
         require(bool((weight_E > 0).any()), "targets", "no weight > 0", "at least one positive")
     return row_E.contiguous(), column_E.contiguous(), weight_E
 

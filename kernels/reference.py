@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from rocket_fast.kernels.checks import (
 )
 
 Reduction = Literal["avg", "sum"]
+View = TypeVar("View")  # a view's tensor, or several that belong together
 
 
 # --- precision --------------------------------------------------------------------------------------------------------
@@ -249,9 +250,7 @@ def _mean(terms: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(terms)).mean()
 
 
-def mean_over_pairs(
-    loss: Callable[[Tensor, Tensor], Tensor], first: Sequence[Tensor], second: Sequence[Tensor]
-) -> Tensor:
+def mean_over_pairs(loss: Callable[[View, View], Tensor], first: Sequence[View], second: Sequence[View]) -> Tensor:
     """Mean of ``loss`` over the weak pair (first views) and all K x K strong pairs, 1 + K * K equal terms."""
     strong = itertools.product(first[1:], second[1:])
     return _mean([loss(one, other) for one, other in [(first[0], second[0]), *strong]])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rocket_fast.kernels.checks import require_integer, require_same_width, require_scalar
+from rocket_fast.kernels.checks import require_integer, require_same_width, require_scalar, require_scale
 from rocket_fast.kernels.contrastive import (
     as_factors,
     as_number,
@@ -140,12 +140,12 @@ def siglip_loss(
         0-dimensional, float32 (float64 for float64 inputs), in nats.
 
     Raises:
-        ValueError: shapes or devices that do not fit, a scale or bias that is not one finite number.
+        ValueError: shapes or devices that do not fit, a scale or bias that is not one finite number, a negative scale.
 
     Source: "Sigmoid Loss for Language Image Pre-Training" (Zhai et al. 2023, eq. 2 and algorithm 1).
     """
     require_same_width("image_ND", image_ND, "text_MD", text_MD)
-    require_scalar("logit_scale", logit_scale, image_ND.device)
+    require_scale("logit_scale", logit_scale, image_ND.device)
     require_scalar("logit_bias", logit_bias, image_ND.device)
     image, text = as_factors("image_ND", image_ND, "text_MD", text_MD)
     scale, bias = as_number(logit_scale, image), as_number(logit_bias, image)

@@ -92,7 +92,7 @@ def norms(x: Tensor) -> Tensor:
     return x.norm(dim=-1).clamp_min(EPS)
 
 
-def _prepared(x: Tensor, normalize: bool) -> Tensor:
+def prepared(x: Tensor, normalize: bool) -> Tensor:
     """In the precision computed with, rows of unit length if asked; the tensor itself where nothing is to be done."""
     dtype = compute_dtype(x)
     x = x if x.dtype == dtype else x.to(dtype)
@@ -153,7 +153,7 @@ def contrastive_forward(
     Log-sum-exps are float64 whatever the rest is: rounding one of a hundred to float32 would put the same error, 4e-6,
     on all probabilities of its row.
     """
-    x_AND, y_BMD = _prepared(image_AND, normalize), _prepared(text_BMD, normalize)
+    x_AND, y_BMD = prepared(image_AND, normalize), prepared(text_BMD, normalize)
     tiles = Tiles(x_AND.shape[1], y_BMD.shape[1], x_AND, workspace)
     per_pair = []
     for index, (x_ND, y_MD, scale) in enumerate(_pairs(x_AND, y_BMD, scale_AB)):
@@ -181,7 +181,7 @@ def contrastive_forward_backward(
     For pairs that fit into memory twice: their softmaxes are still there when the sums are known, so that the gradients
     take two products more, not three. They are in the precision computed with, and empty without ``need_grad``.
     """
-    x_AND, y_BMD = _prepared(image_AND, normalize), _prepared(text_BMD, normalize)
+    x_AND, y_BMD = prepared(image_AND, normalize), prepared(text_BMD, normalize)
     where = Positives.of(x_AND.shape[1], y_BMD.shape[1], row_offset)
     logits_NM, scratch_NM = (x_AND.new_empty(x_AND.shape[1], y_BMD.shape[1]) for _ in range(2))
     d_x_AND, d_y_BMD = (torch.empty_like(x) if need_grad else x for x in (x_AND, y_BMD))
@@ -202,8 +202,8 @@ def contrastive_forward_backward(
     if not need_grad:
         return losses_AB2, accuracies_AB2, x_AND.new_empty(0), x_AND.new_empty(0), x_AND.new_empty(0)
     d_scale_AB = torch.stack(d_scales).view_as(scale_AB).to(scale_AB.dtype)
-    d_image_AND = _through_normalization(image_AND, x_AND, d_x_AND, normalize)
-    d_text_BMD = _through_normalization(text_BMD, y_BMD, d_y_BMD, normalize)
+    d_image_AND = through_normalization(image_AND, x_AND, d_x_AND, normalize)
+    d_text_BMD = through_normalization(text_BMD, y_BMD, d_y_BMD, normalize)
     return losses_AB2, accuracies_AB2, d_image_AND, d_text_BMD, d_scale_AB
 
 
@@ -290,9 +290,9 @@ class _Statistics:
         largest = row_max.max()
         one_exponential = _near(largest, column_max)
         if not one_exponential:
-            scratch_NM = _exp_(torch.sub(logits_NM, column_max, out=tiles.scratch(logits_NM)))
+            scratch_NM = exp_(torch.sub(logits_NM, column_max, out=tiles.scratch(logits_NM)))
             self.column.add(column, column_max, scratch_NM.sum(0))
-        _exp_(logits_NM.sub_(row_max[:, None]))
+        exp_(logits_NM.sub_(row_max[:, None]))
         if one_exponential:
             total = (row_max - largest).exp() @ logits_NM
             self.column.add(column, column_max, total * (largest - column_max).exp())
@@ -351,7 +351,7 @@ class _Statistics:
         return right_M, losses_2, right_2P.sum(1, dtype=losses_2.dtype) * (100 / where.count)
 
 
-def _exp_(x: Tensor) -> Tensor:
+def exp_(x: Tensor) -> Tensor:
     """``exp`` in place, of exponents up to about 0; what no sum would notice is zero, see ``_negligible``."""
     floor = math.log(_negligible(x.dtype))
     if x.device.type == "cpu" and x.amin().item() < floor:
@@ -447,7 +447,7 @@ def contrastive_backward(
     ``weight_image_ABN``, ``weight_text_ABM``: the loss's gradient to each row's and column's log-sum-exp (with
     ``diagonal``: to its cross-entropy).
     """
-    x_AND, y_BMD = _prepared(image_AND, normalize), _prepared(text_BMD, normalize)
+    x_AND, y_BMD = prepared(image_AND, normalize), prepared(text_BMD, normalize)
     tiles = Tiles(x_AND.shape[1], y_BMD.shape[1], x_AND, workspace)
     gradients = _Gradients(x_AND, y_BMD, scale_AB, need_text=need_text)
     for index, (x_ND, y_MD, scale) in enumerate(_pairs(x_AND, y_BMD, scale_AB)):
@@ -492,10 +492,10 @@ class _Gradients:
 
     def finish(self, image_AND: Tensor, text_BMD: Tensor, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
         """In the precision computed with, to the rows as given; the texts' is empty where not needed."""
-        d_image = _through_normalization(image_AND, self.x_AND, self.d_x_AND, normalize)
+        d_image = through_normalization(image_AND, self.x_AND, self.d_x_AND, normalize)
         if self.d_y_BMD is None:
             return d_image, text_BMD.new_empty(0), self.d_scale_AB
-        return d_image, _through_normalization(text_BMD, self.y_BMD, self.d_y_BMD, normalize), self.d_scale_AB
+        return d_image, through_normalization(text_BMD, self.y_BMD, self.d_y_BMD, normalize), self.d_scale_AB
 
 
 class _WholePair:
@@ -571,7 +571,7 @@ class _WholePair:
             softmax_NM.mul_(torch.mm(per_row_N2, per_column_2M, out=logits_NM))
             column_excess_M = total_M.log_().add_(largest - column_top_M)
         else:
-            total_M = _exp_(logits_NM.sub_(column_top_M)).sum(0)
+            total_M = exp_(logits_NM.sub_(column_top_M)).sum(0)
             softmax_NM.mul_(weight_N).addcmul_(logits_NM, weight_M / total_M)
             column_excess_M = total_M.log_()
         return softmax_NM, row_share_N.log_().neg_(), column_excess_M
@@ -644,10 +644,10 @@ class _TiledPair:
                 torch.stack([torch.ones_like(factor_column), factor_column * (self.largest - reference_column).exp()]),
                 out=scratch_NM,
             )
-            _exp_(logits_NM.sub_(reference_row[:, None])).mul_(scratch_NM)
+            exp_(logits_NM.sub_(reference_row[:, None])).mul_(scratch_NM)
         else:
-            _exp_(torch.sub(logits_NM, reference_column, out=scratch_NM))
-            _exp_(logits_NM.sub_(reference_row[:, None]))
+            exp_(torch.sub(logits_NM, reference_column, out=scratch_NM))
+            exp_(logits_NM.sub_(reference_row[:, None]))
             logits_NM.mul_(factor_row[:, None]).addcmul_(scratch_NM, factor_column)
         if self.row_offset is None:
             return
@@ -694,7 +694,7 @@ def sigmoid_forward_backward(
     A sigmoid needs no other logit, so the gradients come with the value: three products. All are in the dtype computed
     with; those of the embeddings are empty without ``need_grad``.
     """
-    x_ND, y_MD = _prepared(image_ND, normalize), _prepared(text_MD, normalize)
+    x_ND, y_MD = prepared(image_ND, normalize), prepared(text_MD, normalize)
     tiles = Tiles(len(x_ND), len(y_MD), x_ND, workspace)
     d_row_ND, d_y_MD = (torch.zeros_like(t) if need_grad else t.new_empty(0) for t in (x_ND, y_MD))
     # N x M positive terms: sums over tiles are kept in float64.
@@ -716,8 +716,8 @@ def sigmoid_forward_backward(
     d_scale = torch.zeros_like(scale)
     if need_grad:
         d_scale = row_products(x_ND, d_row_ND).sum() * share
-        d_row_ND = _through_normalization(image_ND, x_ND, d_row_ND.mul_(scale * share), normalize)
-        d_y_MD = _through_normalization(text_MD, y_MD, d_y_MD.mul_(share), normalize)
+        d_row_ND = through_normalization(image_ND, x_ND, d_row_ND.mul_(scale * share), normalize)
+        d_y_MD = through_normalization(text_MD, y_MD, d_y_MD.mul_(share), normalize)
     return (loss * share).to(scale.dtype), d_row_ND, d_y_MD, d_scale, (d_bias * share).to(scale.dtype)
 
 
@@ -748,7 +748,7 @@ def _diagonal(tile_NM: Tensor, offset: int) -> Tensor:
     return tile_NM.diagonal(min(max(offset, -rows), columns))
 
 
-def _through_normalization(raw: Tensor, unit: Tensor, gradient: Tensor, normalize: bool) -> Tensor:
+def through_normalization(raw: Tensor, unit: Tensor, gradient: Tensor, normalize: bool) -> Tensor:
     """Gradient to the rows before they were scaled to ``unit`` length; overwrites ``gradient``."""
     if not normalize:
         return gradient

@@ -51,7 +51,8 @@ def open_loader(
     choice = choose_loader(data, device)
     loader: Loader
     if choice.name == "cpu":
-        loader = CPULoader(data, image, text, tokenizer, seed=seed, rank=rank, world_size=world_size)
+        pin = device.type == "cuda"
+        loader = CPULoader(data, image, text, tokenizer, seed=seed, rank=rank, world_size=world_size, pin_memory=pin)
     elif choice.name == "cpu+gpu":
         loader = GPUViewsLoader(
             data, image, text, tokenizer, seed=seed, rank=rank, world_size=world_size, device=device, dtype=dtype

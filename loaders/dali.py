@@ -31,6 +31,7 @@ from rocket_fast.errors import optional_import, require
 from rocket_fast.image_augment import LUMA, ImageAugmentConfig, ViewConfig, ViewParams
 from rocket_fast.loaders.base import DataConfig
 from rocket_fast.loaders.cpu import Chunk, CPULoader, Made, Making, assemble, check_jpeg, decode_image
+from rocket_fast.loaders.sources import RawSample
 from rocket_fast.text_augment import TextAugmentConfig
 from rocket_fast.tokenizer import Tokenizer
 
@@ -39,6 +40,8 @@ def unsupported_option(data: DataConfig, image: ImageAugmentConfig) -> tuple[str
     """Name and value of the first option in use that only the CPU loader knows."""
     if data.trim_margins:
         return "data.trim_margins", data.trim_margins
+    if data.quality != "exact":
+        return "data.quality", data.quality
     names = ["image.weak", *(f"image.strong.{number}" for number in range(len(image.strong)))]
     for where, view in zip(names, image.views, strict=True):
         for option, off in (("rotate_degrees", 0), ("shear_degrees", 0), ("zoom_out", 1)):
@@ -95,7 +98,10 @@ class DALILoader(CPULoader):
         def give(slot: int, key: str, picture: _Picture) -> None:
             inputs.put(slot, picture, self._draw(key, epoch, picture.height, picture.width))
 
-        return inputs, self._make_chunks(order, epoch, number, self._decoded if decoded else self._checked, give)
+        def decode(sample: RawSample, epoch: int) -> _Picture:
+            return (self._decoded if decoded else self._checked)(sample.image)
+
+        return inputs, self._make_chunks(order, epoch, number, decode, give)
 
     def _checked(self, data: bytes) -> _Picture:
         size = check_jpeg(data, self.data.pixel_limit)

@@ -74,9 +74,9 @@ class GPUViewsLoader(CPULoader):
         rest: list[list[ViewParams]] = [[_NOTHING] * size for _ in self.image.views]
         render_view = optional_import("rocket_fast.kernels.augment", "train").render_view
 
-        def render(slot: int, key: str, pixels: np.ndarray) -> None:
-            height, width = pixels.shape[:2]
-            for out, left, params in zip(outs, rest, self._draw(key, epoch, height, width), strict=True):
+        def render(slot: int, key: str, picture: tuple[np.ndarray, list[ViewParams]]) -> None:
+            pixels, views = picture
+            for out, left, params in zip(outs, rest, views, strict=True):
                 render_view(pixels, _crop_of(params), out[slot])
                 left[slot] = replace(params, flip=False)
 

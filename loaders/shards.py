@@ -96,6 +96,7 @@ class ShardSet:
                 self.sources.append(open_source(path, options, shared))
             except (OSError, ValueError) as error:
                 raise InvalidArgument(f"shards: {path} (pattern {pattern!r}) cannot be read: {error}") from error
+        self.paths = [each.path for each in found]
         if stale := shared.stale_indexes:
             warnings.warn(
                 f"{len(stale)} index files cannot be used, and the tars' headers are read instead, which takes longer; "
@@ -115,7 +116,7 @@ class ShardSet:
         if weights is not None:
             listing += f"\n{tuple(map(float, weights))}"
         self.fingerprint = hashlib.blake2b(listing.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
-        for source, name in zip(self.sources, _distinct(names, [each.path for each in found]), strict=True):
+        for source, name in zip(self.sources, _distinct(names, self.paths), strict=True):
             source.name = name
         self._portions = _portions(
             [each.number for each in found], counts, [1.0] * len(patterns) if weights is None else weights
@@ -128,10 +129,30 @@ class ShardSet:
 
     def read(self, number: int) -> RawSample:
         """The bytes of one sample. Numbers from ``len`` on are showings after the first: the same under other keys."""
+        showing, shard, index = self._place(number)
+        sample = self.sources[shard].read(index)
+        return sample if showing == 0 else replace(sample, key=f"{sample.key}#{showing + 1}")
+
+    def locate(self, number: int) -> tuple[Path, str]:
+        """The file or folder of the sample that ``read`` gives, and its key, or its number there if that is lost."""
+        _, shard, index = self._place(number)
+        try:
+            return self.paths[shard], self.sources[shard].key(index)
+        except OSError:
+            return self.paths[shard], f"number {index}"
+
+    def first_skipped(self) -> tuple[Path, str, str] | None:
+        """Of the first sample that was left out: file or folder, key, and reason. None if all can be used."""
+        for path, source in zip(self.paths, self.sources, strict=True):
+            for reason, key in source.skipped.first.items():
+                return path, key, reason
+        return None
+
+    def _place(self, number: int) -> tuple[int, int, int]:
+        """Showing, source, and index in it."""
         showing, index = divmod(number, len(self))
         shard = int(np.searchsorted(self._ends, index, side="right"))
-        sample = self.sources[shard].read(index - (int(self._ends[shard - 1]) if shard else 0))
-        return sample if showing == 0 else replace(sample, key=f"{sample.key}#{showing + 1}")
+        return showing, shard, index - (int(self._ends[shard - 1]) if shard else 0)
 
     def epoch_order(self, seed: int, epoch: int, *, shuffle: bool) -> np.ndarray:
         """The numbers that ``read`` takes, in the order of one epoch over all processes: (epoch_samples,).

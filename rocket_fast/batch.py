@@ -59,6 +59,15 @@ class PackedText:
         at_BL = (start_B[:, None] + column_L).clamp(max=self.tokens.shape[0] - 1)
         return self.tokens[at_BL].masked_fill(column_L >= self.lengths[:, None], 0)
 
+    def split(self, size: int) -> tuple[PackedText, ...]:
+        """Parts of ``size`` captions, the last of what is left; on the host, which has to know the lengths."""
+        parts = self.lengths.split(size)
+        tokens = self.tokens.split([int(part.sum()) for part in parts])
+        return tuple(
+            PackedText(tokens=own, lengths=part, longest=int(part.max()))
+            for own, part in zip(tokens, parts, strict=True)
+        )
+
     def to(self, device: torch.device | str) -> PackedText:
         """The same captions on another device."""
         tokens, lengths = (part.to(device, non_blocking=True) for part in (self.tokens, self.lengths))
@@ -85,13 +94,29 @@ class Batch:
     def __len__(self) -> int:
         return self.valid.shape[0]
 
+    def split(self, size: int) -> tuple[Batch, ...]:
+        """Parts of ``size`` samples, the last of what is left."""
+        images = zip(*(view.split(size) for view in self.images), strict=True)
+        texts = zip(*(view.split(size) for view in self.texts), strict=True)
+        starts = range(0, len(self), size)
+        return tuple(
+            Batch(
+                images=of_images,
+                texts=of_texts,
+                keys=self.keys[start : start + size],
+                valid=self.valid[start : start + size],
+                captions=None if self.captions is None else self.captions[start : start + size],
+            )
+            for start, of_images, of_texts in zip(starts, images, texts, strict=True)
+        )
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         return Batch(
             images=tuple(image.to(device, non_blocking=True) for image in self.images),
             texts=tuple(text.to(device) for text in self.texts),
             keys=self.keys,
-            valid=self.valid.to(device),
+            valid=self.valid.to(device, non_blocking=True),
             captions=self.captions,
         )
 

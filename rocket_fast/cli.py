@@ -16,8 +16,10 @@ from rocket_fast.config import TrainConfig, load_config, to_plain
 from rocket_fast.errors import require
 from rocket_fast.export import ExportFormat, Head
 from rocket_fast.interop.detect import Format
+from rocket_fast.launch import SlurmConfig, launch_local, launch_slurm
 from rocket_fast.loaders.convert import PackConfig, pack
 from rocket_fast.loaders.emoji import EmojiConfig, build_emoji
+from rocket_fast.plan import TYPICAL_TOKENS
 from rocket_fast.presets import overview, preset
 
 Checkpoint = Literal["last", "best"]
@@ -25,11 +27,17 @@ Checkpoint = Literal["last", "best"]
 
 def dispatch(arguments: list[str]) -> None:
     """Run the command that ``arguments`` name; raises what the command raises."""
+    if arguments[:1] == ["launch"]:
+        _dispatch_launch(arguments[1:])
+        return
     commands: dict[str, Callable[..., Any]] = {
-        "train": _train_command(arguments),
+        "train": _train_command(arguments, _train),
+        "plan": _plan_command(arguments),
+        "launch": launch,
         "eval": evaluate,
         "export": export,
         "import": import_model,
+        "report": report,
         "presets": presets,
         "data": data,
         "doctor": doctor,
@@ -44,14 +52,20 @@ def dispatch(arguments: list[str]) -> None:
     tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog=prog, config=(tyro.conf.AvoidSubcommands,))
 
 
-def _train_command(arguments: list[str]) -> Callable[..., None]:
-    """``train``, with the options and defaults of the preset that the arguments name."""
+def _chosen_preset(arguments: list[str]) -> str:
+    """The preset that the arguments name, whose fields are the command's options; else the demo."""
     chosen = "demo"
     for here, following in zip(arguments, [*arguments[1:], ""], strict=False):
         if here == "--preset":
             chosen = following
         elif here.startswith("--preset="):
             chosen = here.removeprefix("--preset=")
+    return chosen
+
+
+def _train_command(arguments: list[str], act: Callable[[TrainConfig, bool], Any]) -> Callable[..., Any]:
+    """``train``, with the options and defaults of the preset that the arguments name; does ``act``."""
+    chosen = _chosen_preset(arguments)
     default = preset(chosen)
 
     def train(
@@ -59,7 +73,7 @@ def _train_command(arguments: list[str]) -> Callable[..., None]:
         resume: bool = True,
         *,
         config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
-    ) -> None:
+    ) -> Any:
         """Train a preset, every option of which can be changed, then evaluate; run again to continue where it stopped.
 
         Args:
@@ -67,11 +81,107 @@ def _train_command(arguments: list[str]) -> Callable[..., None]:
             resume: Continue the run that the folder holds; otherwise refuse to touch it.
             config: The recipe.
         """
-        from rocket_fast.trainer import train as run
-
-        run(config, resume=resume)
+        return act(config, resume)
 
     return train
+
+
+def _plan_command(arguments: list[str]) -> Callable[..., None]:
+    """``plan``, with the options and defaults of the preset that the arguments name."""
+    chosen = _chosen_preset(arguments)
+    default = preset(chosen)
+
+    def plan(
+        preset: str = chosen,
+        gpu: str = "h100",
+        gpus: int = 8,
+        tokens: int = TYPICAL_TOKENS,
+        samples: int | None = None,
+        cores: float | None = None,
+        matmul_efficiency: float | None = None,
+        memory_efficiency: float | None = None,
+        sweep: bool = False,
+        picture: Path | None = None,
+        json: Path | None = None,
+        *,
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
+    ) -> None:
+        """Predict a run's speed, memory and hours on GPUs that need not be there, by a calibrated cost model.
+
+        Args:
+            preset: Which recipe to start from; `rocket-fast presets` lists them.
+            gpu: a100-40, a100-80, h100, h100-pcie, h100-nvl, h200, b200, l40s or 4090.
+            gpus: How many; eight share a machine.
+            tokens: Tokens of a caption with both ends, on average; 77 for padded ones.
+            samples: Training pairs, for the hours; by default the published size of the preset's data.
+            cores: CPU cores for each GPU to decode and augment with; by default as many as it takes.
+            matmul_efficiency: Part of the peak that matrix products reach, instead of the calibrated one.
+            memory_efficiency: Part of the memory's bandwidth that all else reaches, likewise.
+            sweep: Also predict the same global batch on 1 to 4096 GPUs.
+            picture: Draw the sweep into this PNG or SVG; needs the extra report.
+            json: Write all figures to this file.
+            config: The recipe.
+        """
+        from rocket_fast.plan_report import PlanRequest, run_plan
+
+        request = PlanRequest(
+            preset=preset,
+            gpu=gpu,
+            gpus=gpus,
+            tokens=tokens,
+            samples=samples,
+            cores=cores,
+            matmul_efficiency=matmul_efficiency,
+            memory_efficiency=memory_efficiency,
+            sweep=sweep,
+            picture=picture,
+            json=json,
+        )
+        run_plan(request, config, Console())
+
+    return plan
+
+
+def _train(config: TrainConfig, resume: bool) -> None:
+    from rocket_fast.trainer import train
+
+    train(config, resume=resume)
+
+
+def launch() -> None:
+    """Train on many GPUs: `rocket-fast launch local -- train ...`, `rocket-fast launch slurm -- train ...`."""
+
+
+def _dispatch_launch(arguments: list[str]) -> None:
+    """``launch local`` or ``launch slurm``, with options up to ``--``; the train command behind it is checked here."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    own, command = arguments[:end], arguments[end + 1 :]
+
+    def config() -> TrainConfig:
+        got = "nothing" if not command else command[0]
+        require(command[:1] == ["train"], "launch, behind --", got, "train and its options: -- train --preset ...")
+        keep = _train_command(command, lambda config, resume: config)
+        return tyro.cli(keep, args=command[1:], prog="rocket-fast train", config=(tyro.conf.AvoidSubcommands,))
+
+    def local(nproc: int | None = None, restarts: int = 0) -> None:
+        """Train in several processes on this machine, by torchrun: `rocket-fast launch local -- train --preset ...`.
+
+        Args:
+            nproc: Processes; by default one for each GPU.
+            restarts: How often to start all again, from the last checkpoint, after one failed.
+        """
+        config()
+        launch_local(command[1:], nproc=nproc, restarts=restarts)
+
+    def slurm(job: Annotated[SlurmConfig, tyro.conf.arg(name="")] = SlurmConfig()) -> None:  # noqa: B008 - frozen
+        """Train as a SLURM job, one process for each GPU: `rocket-fast launch slurm --nodes 2 -- train --preset ...`.
+
+        Args:
+            job: What to ask SLURM for.
+        """
+        print(launch_slurm(command[1:], config(), job))
+
+    tyro.extras.subcommand_cli_from_dict({"local": local, "slurm": slurm}, args=own, prog="rocket-fast launch")
 
 
 def evaluate(run: tyro.conf.Positional[Path], checkpoint: Checkpoint = "last") -> None:
@@ -86,6 +196,18 @@ def evaluate(run: tyro.conf.Positional[Path], checkpoint: Checkpoint = "last") -
 
     config = load_config(run)
     Console().print(result_table(evaluate_run(run, checkpoint), config.eval))
+
+
+def report(run: tyro.conf.Positional[Path], out: Path | None = None) -> None:
+    """Write one HTML page about a run: curves, speed, skipped data, evaluation with its pictures, configuration.
+
+    Args:
+        run: The run's folder, such as runs/demo; it may still be training.
+        out: The file to write; by default report.html in the run's folder.
+    """
+    from rocket_fast.report import write_report
+
+    Console().print(f"wrote {write_report(run, out)}", highlight=False, soft_wrap=True, markup=False)
 
 
 def export(
@@ -167,7 +289,7 @@ def presets(name: tyro.conf.Positional[str | None] = None) -> None:
 
 
 def _cost_table(config: TrainConfig) -> Table:
-    from rocket_fast.plan import TYPICAL_TOKENS, cost
+    from rocket_fast.plan import cost
 
     figures = cost(config)
     table = Table(title=f"{config.name}: cost", show_header=False)

@@ -24,10 +24,12 @@ from rocket_fast.models.clip import CLIPConfig
 from rocket_fast.models.heads import MLPHeadConfig, SwALIPConfig
 from rocket_fast.models.vision import ConvStemViTConfig, ViTConfig
 from rocket_fast.optim import OptimConfig
+from rocket_fast.profiling import profile_steps
 from rocket_fast.text_augment import TextAugmentConfig
 from rocket_fast.version import __version__
 
 Precision = Literal["auto", "fp32", "bf16"]
+Tracker = Literal["tensorboard", "wandb"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,9 @@ class LoopConfig:
     """Autocast type; auto takes bf16 where the hardware multiplies it natively (CUDA sm_80+, CPUs with AMX)."""
     attention: AttentionName = "auto"
     """Backend of the transformers' attention; auto takes the first that can (`rocket-fast doctor` says why)."""
+    accumulation: int = 1
+    """Micro-batches that a process embeds one after the other; loss and gradients are those of the whole batch, for one
+    forward pass more and one micro-batch's activations. Batch norm takes each micro-batch's own statistics."""
     compile: bool = False
     """Compile the towers with torch.compile."""
     threads: int | None = None
@@ -58,6 +63,10 @@ class LoopConfig:
     """Epochs between zero-shot evaluations (the best score keeps best.pt); 0 evaluates at the end only."""
     weight_average: float | None = None
     """Decay per step of an exponential moving average of the weights, used for evaluation; None keeps none."""
+    track: tuple[Tracker, ...] = ()
+    """Where records go beside metrics.jsonl: tensorboard, wandb (the extra `track`)."""
+    profile: str | None = None
+    """START:STOP, such as 10:15: profile these steps into profile-START-STOP.json (a trace) and .txt; None does not."""
 
     def __post_init__(self) -> None:
         require(self.device in ("auto", "cpu", "cuda"), "loop.device", self.device, "auto, cpu or cuda")
@@ -69,12 +78,18 @@ class LoopConfig:
             self.max_steps is None or self.max_steps >= 1, "loop.max_steps", self.max_steps, "a number >= 1 or None"
         )
         require(self.threads is None or self.threads >= 1, "loop.threads", self.threads, "a number >= 1 or None")
+        require(self.accumulation >= 1, "loop.accumulation", self.accumulation, "a number >= 1")
         require(self.log_every >= 1, "loop.log_every", self.log_every, "a number >= 1")
         require(self.checkpoint_every >= 1, "loop.checkpoint_every", self.checkpoint_every, "a number >= 1")
         require(self.keep_checkpoints >= 1, "loop.keep_checkpoints", self.keep_checkpoints, "a number >= 1")
         require(self.eval_every_epochs >= 0, "loop.eval_every_epochs", self.eval_every_epochs, "a number >= 0")
         decay = self.weight_average
         require(decay is None or 0 < decay < 1, "loop.weight_average", decay, "a number between 0 and 1, or None")
+        trackers = get_args(Tracker)
+        known = set(self.track) <= set(trackers) and len(set(self.track)) == len(self.track)
+        require(known, "loop.track", self.track, f"some of {trackers}, each once")
+        if self.profile is not None:
+            profile_steps(self.profile)
 
 
 @dataclass(frozen=True, kw_only=True)

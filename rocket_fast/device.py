@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from rocket_fast.config import Precision
+from rocket_fast.devices import Device, card_named
 from rocket_fast.errors import require
 
 
@@ -30,6 +31,20 @@ def build_autocast(precision: Precision, device: torch.device) -> torch.autocast
 def compute_dtype(autocast: torch.autocast) -> torch.dtype:
     """What matrix products, and so attention, are computed in."""
     return torch.bfloat16 if autocast._enabled else torch.float32
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The most that matrix products can reach on ``device``, FLOP/s; None where that is not known."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    card = card_of(device)
+    return None if card is None else card.bf16_flops
+
+
+def card_of(device: torch.device) -> Device | None:
+    """What is known of a CUDA device by its name."""
+    properties = torch.cuda.get_device_properties(device)
+    return card_named(properties.name, properties.total_memory)
 
 
 def cpu_peak_bytes(step: Callable[[], object]) -> int:

@@ -14,6 +14,7 @@ the loss is neither scaled nor averaged by hand anywhere, and local batches may 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rocket_fast.errors import require
+from rocket_fast.errors import InvalidArgument, require
 
 
 def _initialized() -> bool:
@@ -43,19 +44,48 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def row_counts(tensor: Tensor) -> list[int]:
-    """How many rows every rank's tensor has, in rank order; one collective.
+def row_counts(*tensors: Tensor) -> list[int]:
+    """How many rows, samples, every rank's tensors have, in rank order; one collective.
+
+    Raises ValueError, on all ranks alike so that none waits, where the tensors of a rank differ in their rows, or those
+    of different ranks in anything else.
 
     To not make the host wait for the device for them, initialise the process group with a CPU backend beside CUDA's
     (``backend="cpu:gloo,cuda:nccl"``).
     """
+    for tensor in tensors:
+        require(isinstance(tensor, Tensor), "tensor", type(tensor), "a tensor")
+    shapes = [tuple(tensor.shape) for tensor in tensors]
+    own = [number for tensor in tensors for number in _described(tensor)]
+    everyone = _gather_numbers(own, tensors[0].device)
+    if any(rows < 0 for numbers in everyone for rows in numbers[::2]):
+        raise InvalidArgument(f"tensors: got shapes {shapes} here, expected a dimension of samples on every rank")
+    counts = [numbers[0] for numbers in everyone]
+    together = all(rows == numbers[0] for numbers in everyone for rows in numbers[::2])
+    require(
+        together, "tensors", f"{[numbers[::2] for numbers in everyone]} rows by rank", "equally many in all of a rank"
+    )
+    alike = all(numbers[1::2] == everyone[0][1::2] for numbers in everyone)
+    require(alike, "tensors", f"shapes {shapes} here", "widths and dtypes that are the same on every rank")
+    return counts
+
+
+def _described(tensor: Tensor) -> tuple[int, int]:
+    """The number of rows, -1 for a tensor without, and a number for all that ranks must agree on."""
+    rows, *width = tensor.shape if tensor.ndim else (-1,)
+    kind = repr((width, tensor.dtype)).encode()
+    return rows, zlib.crc32(kind)
+
+
+def _gather_numbers(own: list[int], device: torch.device) -> list[list[int]]:
+    """Some whole numbers of every rank, in rank order."""
     if world_size() == 1:
-        return [tensor.shape[0]]
+        return [own]
     has_cpu_backend = "cpu:" in dist.get_backend_config()
-    count = torch.tensor([tensor.shape[0]], device="cpu" if has_cpu_backend else tensor.device)
-    counts = [torch.empty_like(count) for _ in range(world_size())]
-    dist.all_gather(counts, count)
-    return [int(n) for n in counts]
+    mine = torch.tensor(own, device="cpu" if has_cpu_backend else device)
+    everyone = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(everyone, mine)
+    return [numbers.tolist() for numbers in everyone]
 
 
 # --- all-gather -------------------------------------------------------------------------------------------------------
@@ -66,7 +96,7 @@ def gather(tensor: Tensor) -> Tensor:
 
     Every rank must call it, forward and backward. Shapes may differ in the first dimension only; dtypes must agree.
     The gradient of a rank's tensor is the sum over ranks of their gradients to those rows (see above). In a world of
-    one the tensor itself is returned.
+    one the tensor itself is returned. Raises ValueError for other shapes, on every rank.
     """
     return gather_together([tensor], row_counts(tensor))[0]
 
@@ -96,9 +126,9 @@ class AllRanks:
     ``samples`` in rank order.
     """
 
-    def __init__(self, own: Tensor) -> None:
-        """``own``: any tensor with a row for each of this rank's samples."""
-        self.counts = row_counts(own)
+    def __init__(self, own: Tensor, *others: Tensor) -> None:
+        """``own``: any tensor with a row for each of this rank's samples; ``others`` must have as many, on any rank."""
+        self.counts = row_counts(own, *others)
         self.own = own.shape[0]
         self.first_row = sum(self.counts[: rank()])
         self.samples = sum(self.counts)

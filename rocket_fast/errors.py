@@ -25,7 +25,13 @@ def require(condition: bool, argument: str, got: object, expected: str | Callabl
     """
     if not condition:
         text = expected if isinstance(expected, str) else expected()
-        raise InvalidArgument(f"{argument}: got {got!r}, expected {text}")
+        raise InvalidArgument(f"{argument}: got {_shown(got)}, expected {text}")
+
+
+def _shown(got: object) -> str:
+    """The value, as far as a person reads it."""
+    text = " ".join(line.strip() for line in repr(got).splitlines())
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def installed(module: str) -> bool:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from rocket_fast.zeroshot import (
 )
 
 Checkpoint = Literal["last", "best"]
+CHECKPOINTS: tuple[Checkpoint, ...] = get_args(Checkpoint)
 RETRIEVAL_PICTURES = 500
 SHOWN_PICTURES = 12
 PIXELS = 16

@@ -40,7 +40,7 @@ from rocket_fast.distributed import AllRanks, gather_together, sum_over_ranks, w
 from rocket_fast.errors import require
 from rocket_fast.kernels import ClipTerms, MultiviewClipTerms, clip_terms, multiview_clip_terms
 from rocket_fast.kernels import contrastive as operations
-from rocket_fast.kernels.checks import require_same_rows, require_scalar, require_views
+from rocket_fast.kernels.checks import require_same_rows, require_scale, require_views
 from rocket_fast.kernels.contrastive import as_factors, as_number, of_all_views, workspace_bytes
 from rocket_fast.kernels.tiled import compute_dtype
 
@@ -89,8 +89,15 @@ def multiview_terms(
 def _worthwhile(own: Embeddings, ranks: AllRanks) -> bool:
     """Whether the one-sided scheme is likely faster; all ranks find the same."""
     width = own.image_z.shape[1] + sum(view.shape[1] for view in own.image_h) * len(own.text_h)
-    saved = 8 * (ranks.samples - max(ranks.counts)) * ranks.samples * width
-    return saved > COLLECTIVES_FLOP.get(own.image_z.device.type, COLLECTIVES_FLOP["cuda"])
+    return one_sided_pays(max(ranks.counts), ranks.samples, width, own.image_z.device.type)
+
+
+def one_sided_pays(rows: int, samples: int, width: int, device_type: str) -> bool:
+    """Whether the products saved take longer than the additional collectives: of a rank with so many of all
+    ``samples``, where the widths of all pairs of views add up to ``width``.
+    """
+    saved = 8 * (samples - rows) * samples * width
+    return saved > COLLECTIVES_FLOP.get(device_type, COLLECTIVES_FLOP["cuda"])
 
 
 def _combined(weak: ClipTerms, strong: ClipTerms | None, views: int) -> MultiviewClipTerms:
@@ -155,7 +162,7 @@ def _without_gradients_across(
 def _strong_scale(own: Embeddings) -> Tensor:
     require(own.h_logit_scale is not None, "h_logit_scale", None, "a scale, since there are strong views")
     assert own.h_logit_scale is not None
-    require_scalar("h_logit_scale", own.h_logit_scale, own.image_z.device)
+    require_scale("h_logit_scale", own.h_logit_scale, own.image_z.device)
     return own.h_logit_scale
 
 
@@ -179,7 +186,7 @@ class _Block(NamedTuple):
 def _one_sided(own: Embeddings, ranks: AllRanks, label_smoothing: float, normalize: bool) -> MultiviewClipTerms:
     """The scheme described above: weak pair and strong pairs share the collectives, and so do all strong pairs."""
     require_same_rows("image_z", own.image_z, "text_z", own.text_z)
-    require_scalar("logit_scale", own.logit_scale, own.image_z.device)
+    require_scale("logit_scale", own.logit_scale, own.image_z.device)
     require_views("image_h", own.image_h, "text_h", own.text_h)
     (text_z,), text_h = ranks.gather((own.text_z,), own.text_h)
     blocks = [_Block.of((own.image_z,), (text_z,), own.logit_scale)]

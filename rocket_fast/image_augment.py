@@ -31,7 +31,7 @@ _MID_GREY = 127.5
 LUMA = (0.299, 0.587, 0.114)
 _YIQ = np.array([LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])  # the 1953 NTSC primaries
 # Saturation s and hue angle t together are GRAY + s (cos t CHROMA + sin t TURN); s = 0 is grayscale.
-_SAME = np.eye(3)
+_SAME, _ZERO = np.eye(3), np.zeros(3)
 _GRAY = np.tile(np.array(LUMA), (3, 1))
 _CHROMA = np.eye(3) - _GRAY
 _TURN = np.linalg.inv(_YIQ) @ np.array([(0.0, 0.0, 0.0), (0.0, 0.0, 1.0), (0.0, -1.0, 0.0)]) @ _YIQ
@@ -252,6 +252,8 @@ def _draw_colour(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Matrix, pivot and shift of: brightness b, contrast c, random matrix and shift, saturation and hue, grayscale."""
     jitters, grays = u[_AT_JITTER] < view.jitter_prob, u[_AT_GRAY] < view.gray_prob
+    if not jitters and not grays and noise is None and view.color_shift == 0:
+        return _SAME, _ZERO, _ZERO  # a tenth of the time that multiplying by them takes
     brightness = contrast = saturation = 1.0
     angle = 0.0
     if jitters:

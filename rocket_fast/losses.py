@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,8 @@ from rocket_fast.exchange import Exchange, multiview_terms
 from rocket_fast.kernels import (
     MultiviewClipTerms,
     Reduction,
-    barlip_loss,
     siamlip_loss,
     siglip_loss,
-    swalip_loss,
-    swalip_prototypes_loss,
 )
 from rocket_fast.models.heads import (
     BarLIPConfig,
@@ -31,6 +28,7 @@ from rocket_fast.models.heads import (
     SwALIPConfig,
     SwALIPPrototypesConfig,
 )
+from rocket_fast.own_rows import barlip_over_ranks, swalip_over_ranks, swalip_prototypes_over_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +78,7 @@ class Objective(nn.Module):
         ``swalip_logit_scale``.
         """
         with torch.autocast(embeddings.image_z.device.type, enabled=False):
-            ranks = AllRanks(embeddings.image_z)
+            ranks = AllRanks(embeddings.image_z, embeddings.text_z)
             terms = multiview_terms(
                 embeddings,
                 ranks,
@@ -114,7 +112,7 @@ def siglip_loss_over_ranks(
 
     A rank gathers the texts and takes its own images against them. Row counts may differ between ranks.
     """
-    ranks = AllRanks(image_ND)
+    ranks = AllRanks(image_ND, text_ND)
     ranks.require_samples()
     ((text_MD,),) = ranks.gather((text_ND,))
     own = siglip_loss(image_ND, text_MD, logit_scale, logit_bias, row_offset=ranks.first_row, normalize=normalize)
@@ -169,8 +167,7 @@ def _siamlip(embeddings: Embeddings, ranks: AllRanks) -> tuple[Tensor, dict[str,
 
 def _barlip(config: BarLIPConfig, embeddings: Embeddings, ranks: AllRanks) -> tuple[Tensor, dict[str, Tensor]]:
     heads = _outputs(embeddings)
-    image_v, text_v = ranks.gather(heads.image_v, heads.text_v)
-    loss = barlip_loss(image_v, text_v, lambda_=config.lambda_, scale=config.scale)
+    loss = barlip_over_ranks(heads.image_v, heads.text_v, ranks, lambda_=config.lambda_, scale=config.scale)
     return loss, {"barlip_loss": loss}
 
 
@@ -178,8 +175,8 @@ def _swalip(config: SwALIPConfig, embeddings: Embeddings, ranks: AllRanks) -> tu
     scale = embeddings.h_logit_scale
     require(scale is not None, "embeddings.h_logit_scale", None, "the strong head's scale, which SwALIP needs")
     assert scale is not None
-    image_h, text_h = ranks.gather(embeddings.image_h, embeddings.text_h)
-    loss = swalip_loss(image_h, text_h, scale, epsilon=config.epsilon, iterations=config.iterations)
+    options: dict[str, Any] = {"epsilon": config.epsilon, "iterations": config.iterations}
+    loss = swalip_over_ranks(embeddings.image_h, embeddings.text_h, scale, ranks, **options)
     return config.weight * loss, {"swalip_loss": loss}
 
 
@@ -190,6 +187,6 @@ def _swalip_prototypes(
     scale = heads.logit_scale
     require(scale is not None, "embeddings.companion.logit_scale", None, "the prototypes' own scale")
     assert scale is not None
-    image_p, text_p = ranks.gather(heads.image_p, heads.text_p)
-    loss = swalip_prototypes_loss(image_p, text_p, scale, epsilon=config.epsilon, iterations=config.iterations)
+    options: dict[str, Any] = {"epsilon": config.epsilon, "iterations": config.iterations}
+    loss = swalip_prototypes_over_ranks(heads.image_p, heads.text_p, scale, ranks, **options)
     return config.weight * loss, {"swalip_loss": loss, "swalip_logit_scale": scale}

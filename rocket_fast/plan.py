@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rocket_fast.batch import PackedText
 from rocket_fast.config import TrainConfig
-from rocket_fast.errors import optional_import
+from rocket_fast.errors import optional_import, require
 from rocket_fast.models.clip import CLIPConfig, DualEncoder
 from rocket_fast.models.heads import SiamLIPHeads
 from rocket_fast.models.text import TextTower
@@ -32,7 +32,7 @@ class Cost:
     """Parameters, and forward FLOPs (2 per multiply-add) of one sample in all its views.
 
     ``head_*``: heads z and h and the companion's. ``momentum_*``: BYOLIP's averaged encoder, whose parameters are not
-    trained and which has no backward pass; 0 elsewhere. Texts have TYPICAL_TOKENS tokens, except in
+    trained and which has no backward pass; 0 elsewhere. Texts have ``tokens`` tokens, except in
     ``text_flops_full``.
     """
 
@@ -46,6 +46,7 @@ class Cost:
     head_flops: int
     momentum_flops: int
     views: int
+    tokens: int
 
     @property
     def parameters(self) -> int:
@@ -54,15 +55,16 @@ class Cost:
 
     @property
     def training_flops(self) -> int:
-        """Forward and backward, which is twice the forward, of one sample with captions of typical length."""
+        """Forward and backward, which is twice the forward, of one sample with captions of that length."""
         return 3 * (self.image_flops + self.text_flops + self.head_flops) + self.momentum_flops
 
 
-def cost(config: TrainConfig) -> Cost:
-    """Count; what the losses do between samples is left out."""
+def cost(config: TrainConfig, *, tokens: int = TYPICAL_TOKENS) -> Cost:
+    """Count, for captions of ``tokens`` tokens; what the losses do between samples is left out."""
+    require(tokens >= 1, "tokens", tokens, "a number >= 1")
     sizes = [config.image.weak.size, *(view.size for view in config.image.strong)]
     with torch.device("meta"):
-        model = DualEncoder(_kept(config.model)).eval()
+        model = DualEncoder(without_checkpointing(config.model)).eval()
     momentum_count = 0 if model.momentum is None else _count(model.momentum)
     trained_count = _count(model, trained=True)
     projectors = [] if model.momentum is None else [model.momentum.image_projector, model.momentum.text_projector]
@@ -71,7 +73,7 @@ def cost(config: TrainConfig) -> Cost:
     for parameter in model.parameters():
         parameter.requires_grad_(False).zero_()  # whatever is there may be slow to compute with
     image_flops = sum(sizes.count(size) * _image_flops(model, size) for size in dict.fromkeys(sizes))
-    tokens = min(TYPICAL_TOKENS, config.model.text.context_length)
+    tokens = min(tokens, config.model.text.context_length)
     text_flops = len(sizes) * _text_flops(model.text, tokens)
     features = [
         *(torch.zeros(1, model.visual.width) for _ in sizes),
@@ -89,13 +91,14 @@ def cost(config: TrainConfig) -> Cost:
         image_flops=image_flops,
         text_flops=text_flops,
         text_flops_full=len(sizes) * _text_flops(model.text, config.model.text.context_length),
-        head_flops=_flops(_Heads(model), features),
+        head_flops=_flops(Heads(model), features),
         momentum_flops=image_flops + text_flops + projector_flops if projectors else 0,
         views=len(sizes),
+        tokens=tokens,
     )
 
 
-def _kept(config: CLIPConfig) -> CLIPConfig:
+def without_checkpointing(config: CLIPConfig) -> CLIPConfig:
     """The same model without checkpointing, which tracing does not see through."""
     vision, text = config.vision, dataclasses.replace(config.text, checkpointing="none")
     if isinstance(vision, ViTConfig):
@@ -128,7 +131,7 @@ class _Packed(nn.Module):
         return self.tower(PackedText(tokens=tokens_T, lengths=self.lengths, longest=tokens_T.shape[0]))
 
 
-class _Heads(nn.Module):
+class Heads(nn.Module):
     """What DualEncoder.forward does after the towers: z on the weak view, h on the strong ones, a companion on all."""
 
     def __init__(self, model: DualEncoder) -> None:
@@ -154,7 +157,7 @@ class _Projectors(nn.Module):
         self.image, self.text = heads.image_projector, heads.text_projector
 
     def forward(self, *features: Tensor) -> list[Tensor]:
-        """As ``_Heads``."""
+        """As ``Heads``."""
         views = len(features) // 2
         return [*self.image(features[:views]), *self.text(features[views:])]
 

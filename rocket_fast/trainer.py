@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from rocket_fast.batch import Batch, LossOutput
+from rocket_fast.accumulation import cached_step
+from rocket_fast.batch import Batch, Embeddings, LossOutput
 from rocket_fast.checkpoint import CheckpointFolder, load_checkpoint
 from rocket_fast.config import TrainConfig, differences, load_config, provenance, to_plain
-from rocket_fast.device import build_autocast, choose_device, compute_dtype
+from rocket_fast.device import build_autocast, card_of, choose_device, compute_dtype, peak_flops
 from rocket_fast.distributed import is_main, rank, world_size
 from rocket_fast.errors import Failed, InvalidArgument, optional_import, require
 from rocket_fast.evaluation import Checkpoint, Evaluation, Evaluator, headline, output_path, result_table
@@ -40,21 +41,29 @@ from rocket_fast.image_augment import normalize
 from rocket_fast.loaders.base import Loader
 from rocket_fast.loaders.choose import open_loader
 from rocket_fast.losses import build_loss
-from rocket_fast.metrics import JsonlLog, Stopwatch, TrainingBar
+from rocket_fast.metrics import StepClock, Stopwatch, TrainingBar
 from rocket_fast.models.attention import use_attention
 from rocket_fast.models.clip import DualEncoder
+from rocket_fast.models.heads import MLPHead
 from rocket_fast.optim import build_optimizer, learning_rate, set_learning_rate
+from rocket_fast.plan import cost
+from rocket_fast.predict import advice
+from rocket_fast.profiling import ProfileWindow
+from rocket_fast.sinks import RunLog, require_trackers
 from rocket_fast.tokenizer import Tokenizer
 
 FREE_FIELDS = (
     "out",
     "data.workers",
     "data.prefetch",
+    "data.strict",
     "loop.max_steps",
     "loop.threads",
     "loop.log_every",
     "loop.checkpoint_every",
     "loop.keep_checkpoints",
+    "loop.track",
+    "loop.profile",
 )
 """Fields that may change between a run and its continuation."""
 
@@ -64,7 +73,7 @@ class NonFiniteLoss(Failed):
 
 
 class Interrupted(RuntimeError):
-    """Ctrl-C or SIGTERM: the run was saved and can be continued. ``signum`` is what came."""
+    """Ctrl-C, SIGTERM or SIGUSR2: the run was saved and can be continued. ``signum`` is what came."""
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
@@ -84,7 +93,7 @@ def train(config: TrainConfig, *, resume: bool = True) -> TrainResult:
     """Train to the end, or continue what ``config.folder`` holds, then evaluate.
 
     Raises ``ValueError`` when the folder holds a run of another configuration (or any run, with ``resume=False``),
-    ``NonFiniteLoss``, or ``Interrupted`` after saving on SIGINT or SIGTERM.
+    ``NonFiniteLoss``, or ``Interrupted`` after saving on SIGINT, SIGTERM or SIGUSR2.
     """
     with _process_group(config), _stop_requests() as stop:
         trainer = Trainer(config, resume=resume)
@@ -102,6 +111,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, *, resume: bool = True) -> None:
         self.config, self.console = config, optional_import("rich.console", "train").Console()
+        require_trackers(config.loop.track)
         self.device = choose_device(config.loop.device)
         self.autocast = build_autocast(config.loop.precision, self.device)
         if config.loop.threads is not None:
@@ -133,8 +143,10 @@ class Trainer:
         self.evaluator = Evaluator(config, self.tokenizer)
 
         self.step, self.saved_step, self.measured_step, self.best_top1 = 0, -1, -1, -1.0
-        self.skipped_in_index = sum(self.loader.skipped.values())  # the same on every rank; the rest is each rank's own
-        self.skipped = self.skipped_before = 0
+        self.skipped_in_index = Counter(self.loader.skipped)  # the same on every rank; the rest is each rank's own
+        self.skipped: Counter[str] = Counter()
+        self.skipped_before: Counter[str] = Counter()
+        self.clock = StepClock(self.device)
         self.first_bad_step = torch.full((), math.inf, device=self.device)
         self.recent_keys: deque[tuple[int, tuple[str, ...]]] = deque(maxlen=config.loop.log_every)
         self._load()
@@ -143,7 +155,10 @@ class Trainer:
             remove_leftovers(config.folder)
         _record_run(config)
         self.parallel = _parallel(self.model, config, self.device, self.say)
-        self.log = JsonlLog(config.folder / "metrics.jsonl", resume_step=self.step) if is_main() else None
+        window = config.loop.profile if is_main() else None
+        self.profile = ProfileWindow(window, config.folder, self.device, report=self.say)
+        self.log = RunLog(config, resume_step=self.step) if is_main() else None
+        self.peak_images_per_s = _peak_images_per_s(config, self.device, self.autocast) if is_main() else None
 
     @property
     def total_steps(self) -> int:
@@ -154,7 +169,7 @@ class Trainer:
         """Run the steps that are left; at the end a checkpoint of the last step is on disk."""
         last = min(self.total_steps, self.config.loop.max_steps or self.total_steps)
         self.say(self._opening(last))
-        with TrainingBar(last, self.step, enabled=is_main()) as bar:
+        with TrainingBar(last, self.step, enabled=is_main(), console=self.console) as bar:
             self._evaluate_if_due()  # one that a kill took away
             while self.step < last:
                 self.loader.set_epoch(self.step // len(self.loader))
@@ -170,7 +185,12 @@ class Trainer:
         """The rest of the current epoch, up to step ``last``."""
         watch = Stopwatch()
         for batch, waited in _timed(self.loader):
-            output = self.train_step(batch)
+            self.profile.before(self.step + 1)
+            try:
+                output = self.train_step(batch)
+            except torch.OutOfMemoryError as error:
+                raise Failed(self._out_of_memory()) from error
+            self.profile.after(self.step)
             watch.add(waited=waited, samples=len(batch) * world_size())
             bar.advance()
             stopping = _agree_to_stop(stop)
@@ -189,16 +209,20 @@ class Trainer:
 
     def train_step(self, batch: Batch) -> LossOutput:
         """One optimizer step; one whose loss or gradients are not finite is skipped without asking the device."""
+        self.clock.mark()
         self.recent_keys.append((self.step + 1, batch.keys))
         self.model.train()
         torch.manual_seed(_step_seed(self.config.seed, self.step, rank()))
-        batch = batch.to(self.device)
-        images = tuple(normalize(image) for image in batch.images)
-        with self.autocast:
-            embeddings = self.parallel(images, batch.texts)
-        output = self.objective(embeddings)
         self.optimizer.zero_grad(set_to_none=True)
-        output.total.backward()
+        if self.config.loop.accumulation == 1:
+            output = self.objective(self._embed(batch))
+            self.clock.mark()
+            output.total.backward()
+        else:
+            self.clock.mark()  # forward and backward take turns: all of it counts as backward
+            micro_batches = batch.split(math.ceil(len(batch) / self.config.loop.accumulation))
+            output = cached_step(self._embed, micro_batches, self.objective, model=self.parallel)
+        self.clock.mark()
         self.model.freeze_gradients(self.step)
         output.metrics["grad_norm"] = self._guard(output.total.detach())
         rate = learning_rate(
@@ -211,7 +235,27 @@ class Trainer:
         if self.average is not None:
             self.average.update_parameters(self.model)
         self.step += 1
+        self.clock.mark()
         return output
+
+    def _embed(self, batch: Batch) -> Embeddings:
+        batch = batch.to(self.device)
+        images = tuple(normalize(image) for image in batch.images)
+        with self.autocast:
+            return self.parallel(images, batch.texts)
+
+    def _out_of_memory(self) -> str:
+        """What happened, and what would fit by the cost model, where the card is known."""
+        card = card_of(self.device)
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        reserved = torch.cuda.max_memory_reserved(self.device)
+        hint = "try a smaller data.batch_size, or checkpointing in the towers" if card is None else ""
+        if card is not None:
+            hint = str(advice(self.config, total, world_size(), device=card))
+        return (
+            f"out of memory at step {self.step + 1}: {reserved / 2**30:.1f} of {total / 2**30:.1f} GiB taken. {hint}. "
+            "The last checkpoint is whole; the batch size cannot change within a run"
+        )
 
     def _guard(self, loss: Tensor) -> Tensor:
         """Remember the first step whose loss or gradients are not finite, and keep the fused optimizer from them.
@@ -230,9 +274,13 @@ class Trainer:
             raise NonFiniteLoss(self._dump_non_finite(output))
         record: dict[str, Any] = {"step": self.step, "epoch": self.step / len(self.loader), "time": time.time()}
         record |= {"loss": output.total.item()} | {name: value.item() for name, value in output.metrics.items()}
-        self.skipped = self.skipped_before + _over_ranks(sum(self.loader.skipped.values()) - self.skipped_in_index)
+        record |= {f"{name}_raw": math.log(record[name]) for name in tuple(record) if name.endswith("logit_scale")}
+        record |= {"lr": self.optimizer.param_groups[0]["lr"], **watch.read(self.clock.read())}
+        if self.peak_images_per_s is not None:
+            record["mfu"] = record["images_per_s"] / self.peak_images_per_s
+        self.skipped = self.skipped_before + _count_over_ranks(self.loader.skipped - self.skipped_in_index)
         skipped = self.skipped_in_index + self.skipped
-        record |= {"lr": self.optimizer.param_groups[0]["lr"], **watch.read(), "skipped": skipped}
+        record |= {"skipped": skipped.total(), "skipped_reasons": dict(skipped.most_common())}
         bar.show(record)
         if self.log is not None:
             self.log.write(record)
@@ -314,7 +362,7 @@ class Trainer:
         state = {
             "step": self.step,
             "measured_step": self.measured_step,
-            "skipped": self.skipped,
+            "skipped": dict(self.skipped),
             "config": json.dumps(to_plain(self.config)),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -329,7 +377,10 @@ class Trainer:
         if state is None:
             return
         self.step, self.saved_step, self.measured_step = state["step"], state["step"], state["measured_step"]
-        self.best_top1, self.skipped, self.skipped_before = state["best_top1"], state["skipped"], state["skipped"]
+        self.best_top1, skipped = state["best_top1"], state["skipped"]
+        if isinstance(skipped, int):  # a checkpoint of before reasons were kept
+            skipped = {"reason not kept": skipped} if skipped else {}
+        self.skipped = self.skipped_before = Counter(skipped)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.loader.load_state_dict(state["loader"])
@@ -361,8 +412,9 @@ class Trainer:
             self.console.print(message, highlight=False, soft_wrap=True, markup=False)
 
     def close(self) -> None:
-        """Stop the loader's threads and close the log."""
+        """Stop the loader's threads, write a profile that was begun, and close the log."""
         self.loader.close()
+        self.profile.close()
         if self.log is not None:
             self.log.close()
 
@@ -416,6 +468,12 @@ def _step_seed(seed: int, step: int, of_rank: int) -> int:
     return (mixed ^ (mixed >> 31)) & (2**63 - 1)
 
 
+def _peak_images_per_s(config: TrainConfig, device: torch.device, autocast: torch.autocast) -> float | None:
+    """Images a second of all devices at their peak, where that is known: what an MFU of 1 would be."""
+    peak = peak_flops(device, compute_dtype(autocast))
+    return None if peak is None else world_size() * peak / cost(config).training_flops
+
+
 def _average(model: DualEncoder, decay: float | None) -> AveragedModel | None:
     if decay is None:
         return None
@@ -431,10 +489,13 @@ def _parallel(model: DualEncoder, config: TrainConfig, device: torch.device, say
                 encoder.text.compile(dynamic=True)
     if world_size() == 1:
         return model
+    for module in model.modules():
+        if isinstance(module, MLPHead):
+            module.synchronized = True
     if device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    elif any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-        say("batch norm takes each process's own statistics: torch synchronises it on CUDA only")
+    elif any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        say("the image tower's batch norm takes each process's own statistics: torch synchronises it on CUDA only")
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
@@ -493,12 +554,12 @@ class _StopRequest:
 
 @contextlib.contextmanager
 def _stop_requests() -> Iterator[_StopRequest]:
-    """Turn SIGINT or SIGTERM into a request to stop after this step; a second SIGINT acts at once, a SIGTERM does not.
+    """Turn SIGINT, SIGTERM or SIGUSR2 into a request to stop after this step; a second SIGINT acts at once.
 
-    Schedulers and launchers often send the same SIGTERM twice.
+    Schedulers and launchers often send the same SIGTERM twice; SLURM sends SIGUSR2 when a job's time is nearly up.
     """
     stop = _StopRequest()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
 
     def note(signum: int, frame: FrameType | None) -> None:
         if stop.signum == 0:
@@ -528,6 +589,15 @@ def _over_ranks(value: int, operation: Any = dist.ReduceOp.SUM) -> int:
     combined = torch.tensor(value)
     dist.all_reduce(combined, op=operation)
     return int(combined)
+
+
+def _count_over_ranks(own: Counter[str]) -> Counter[str]:
+    """Counts added up over all ranks, exchanged between hosts."""
+    if world_size() == 1:
+        return own
+    counts: list[Any] = [None] * world_size()
+    dist.all_gather_object(counts, dict(own))
+    return sum((Counter(each) for each in counts), Counter())
 
 
 def _require_same_step(step: int) -> None:

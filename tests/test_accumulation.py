@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -170,6 +172,103 @@ def test_errors_say_what_is_wrong() -> None:
         cached_step(lambda _: next(outputs), [0, 1], objective)
 
 
+def test_a_scale_that_only_the_objective_knows_gets_its_gradient() -> None:
+    own = torch.nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+    tower = torch.nn.Linear(5, 4, dtype=torch.float64)
+    pictures = torch.randn(6, 5, dtype=torch.float64)
+
+    def embed(rows: torch.Tensor) -> Embeddings:
+        return Embeddings(image_z=tower(rows), text_z=rows[:, :4], logit_scale=torch.tensor(1.0, dtype=torch.float64))
+
+    def objective(embeddings: Embeddings) -> LossOutput:
+        return LossOutput(total=clip_loss(embeddings.image_z, embeddings.text_z, own.exp()), metrics={})
+
+    objective(embed(pictures)).total.backward()
+    expected = own.grad.clone(), tower.weight.grad.clone()
+    own.grad = tower.weight.grad = None
+    cached_step(embed, pictures.split(2), objective)
+    torch.testing.assert_close((own.grad, tower.weight.grad), expected)
+
+
+class Pair(NamedTuple):
+    image: Tensor
+    text: Tensor
+
+
+@dataclass(frozen=True)
+class Weighted:
+    sides: list[Tensor]
+    logit_scale: Tensor
+    weight: None = None
+
+
+CONTAINERS: dict[str, tuple[Callable[..., object], Callable[[Any], tuple[Tensor, ...]]]] = {
+    "tuple": (lambda *parts: parts, lambda whole: whole),
+    "dict": (
+        lambda image, text, scale: {"text": text, "image": image, "s": scale},
+        lambda whole: (whole["image"], whole["text"], whole["s"]),
+    ),
+    "nested": (
+        lambda image, text, scale: [Pair(image, text), {"s": scale}],
+        lambda whole: (whole[0].image, whole[0].text, whole[1]["s"]),
+    ),
+    "dataclass": (
+        lambda image, text, scale: Weighted([image, text], scale[None]),  # shared by its name, of whatever shape
+        lambda whole: (*whole.sides, whole.logit_scale),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_embeddings_of_any_kind_and_a_loss_that_is_a_tensor(name: str) -> None:
+    pack, unpack = CONTAINERS[name]
+    tower = nn.Linear(5, 4).double()
+    scale = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+    rows = torch.randn(7, 5, dtype=torch.float64)
+
+    def embed(part: Tensor) -> Any:
+        return pack(tower(part), part[:, :4], scale.exp())
+
+    def objective(whole: Any) -> Tensor:
+        return clip_loss(*unpack(whole))
+
+    expected = torch.autograd.grad(objective(embed(rows)), (tower.weight, scale))
+    loss = cached_step(embed, iter(rows.split(3)), objective)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, objective(embed(rows)).detach())
+    torch.testing.assert_close((tower.weight.grad, scale.grad), expected)
+
+
+class Averaged(nn.Linear):
+    """A model whose gradients ranks would average, as far as ``cached_step`` can see."""
+
+    no_sync = staticmethod(contextlib.nullcontext)
+
+
+def test_what_cannot_train_is_refused() -> None:
+    rows = torch.randn(4, 3)
+    tower, own = Averaged(3, 3), nn.Parameter(torch.tensor(2.0))
+
+    def step(embed: Any = lambda part: (tower(part), part), objective: Any = lambda w: clip_loss(*w, 1.0)) -> Any:
+        return cached_step(embed, rows.split(2), objective, model=tower)
+
+    step()
+    step(objective=lambda whole: clip_loss(*whole, own))  # a parameter that is not the model's
+    assert own.grad is not None
+    with pytest.raises(ValueError, match=r"objective: got 'bias', expected no parameter of the model itself"):
+        step(objective=lambda whole: clip_loss(*whole, 1.0 + tower.bias.sum().square()))
+    with pytest.raises(ValueError, match=r"is_grad_enabled\(\): got False"), torch.no_grad():
+        step()
+    with pytest.raises(ValueError, match=r"embed: got 'embeddings that need no gradient'"):
+        step(lambda part: (tower(part).detach(), part))
+    with pytest.raises(ValueError, match=r"embed: text: got <class 'str'>, expected tensors in tuples"):
+        step(lambda part: {"image": tower(part), "text": "a dog"})
+    with pytest.raises(ValueError, match=r"objective: got <class 'float'>, expected a loss"):
+        step(objective=lambda whole: clip_loss(*whole, 1.0).item())
+    with pytest.raises(ValueError, match=r"objective: got 'a loss of shape \(4,\)', expected one number"):
+        step(objective=lambda whole: whole[0].sum(1))
+
+
 # --- two ranks --------------------------------------------------------------------------------------------------------
 
 RANKS = ((2, 3), (1, 2))  # micro-batches of each
@@ -215,21 +314,3 @@ def test_two_ranks_with_micro_batches_equal_one_process(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     run_rank(int(sys.argv[1]), Path(sys.argv[2]))
-
-
-def test_a_scale_that_only_the_objective_knows_gets_its_gradient() -> None:
-    own = torch.nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
-    tower = torch.nn.Linear(5, 4, dtype=torch.float64)
-    pictures = torch.randn(6, 5, dtype=torch.float64)
-
-    def embed(rows: torch.Tensor) -> Embeddings:
-        return Embeddings(image_z=tower(rows), text_z=rows[:, :4], logit_scale=torch.tensor(1.0, dtype=torch.float64))
-
-    def objective(embeddings: Embeddings) -> LossOutput:
-        return LossOutput(total=clip_loss(embeddings.image_z, embeddings.text_z, own.exp()), metrics={})
-
-    objective(embed(pictures)).total.backward()
-    expected = own.grad.clone(), tower.weight.grad.clone()
-    own.grad = tower.weight.grad = None
-    cached_step(embed, pictures.split(2), objective)
-    torch.testing.assert_close((own.grad, tower.weight.grad), expected)

@@ -26,7 +26,7 @@ def test_help_lists_commands_and_every_option_with_its_meaning(capsys):
         main(["--help"])
     assert left.value.code == 0
     text = capsys.readouterr().out
-    for command in ("train", "eval", "export", "import", "presets", "data", "doctor"):
+    for command in ("train", "launch", "plan", "eval", "report", "export", "import", "presets", "data", "doctor"):
         assert command in text
     with pytest.raises(SystemExit):
         main(["train", "--preset", "vitb16-yfcc", "--help"])
@@ -45,8 +45,13 @@ def test_help_lists_commands_and_every_option_with_its_meaning(capsys):
         ["data", "emoji"],
         ["data", "check"],
         ["eval"],
+        ["report"],
         ["export"],
         ["import"],
+        ["plan"],
+        ["launch"],
+        ["launch", "local"],
+        ["launch", "slurm"],
         ["presets"],
         ["doctor"],
     )

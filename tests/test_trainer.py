@@ -2,12 +2,16 @@
 
 import contextlib
 import json
+import math
 import os
 import random
 import signal
 import subprocess
 import sys
+import tarfile
+import threading
 import time
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +20,8 @@ import torch
 from safetensors.torch import load_model
 
 from rocket_fast.checkpoint import CheckpointFolder, load_checkpoint
-from rocket_fast.config import TrainConfig, to_plain
+from rocket_fast.config import EvalConfig, TrainConfig, to_plain
+from rocket_fast.errors import Failed
 from rocket_fast.evaluation import Evaluator
 from rocket_fast.image_augment import plain_augment
 from rocket_fast.models.clip import DualEncoder
@@ -68,6 +73,14 @@ def test_trains_evaluates_and_leaves_a_full_record(tiny_config: TrainConfig):
     steps = [r for r in records(config) if "loss" in r]
     assert [r["step"] for r in steps] == list(range(1, 73))
     assert steps[-1]["loss"] < 0.8 * steps[0]["loss"]
+    for record in steps:
+        parts = [record[f"{part}_s"] for part in ("data", "forward", "backward", "optimizer", "other")]
+        assert sum(parts) == pytest.approx(record["step_s"])
+        assert min(parts[1:4]) > 0
+        for scale in ("logit_scale", "h_logit_scale"):
+            assert math.exp(record[f"{scale}_raw"]) == pytest.approx(record[scale])
+        assert (record["skipped"], record["skipped_reasons"]) == (0, {})
+        assert "mfu" not in record  # nobody knows a CPU's peak
     assert {"lr", "images_per_s", "data_wait", "logit_scale", "h_logit_scale", "clip_acc", "skipped"} <= set(steps[0])
     (test,) = result.evaluation.sets
     assert test.accuracy.top1[0.5] > 3 * test.chance
@@ -77,6 +90,57 @@ def test_trains_evaluates_and_leaves_a_full_record(tiny_config: TrainConfig):
     for name in ("config.json", "run.jsonl", "eval.json", "captions-test.png", "checkpoints/best.pt"):
         assert (config.folder / name).stat().st_size > 0, name
     assert len(list((config.folder / "checkpoints").glob("step-*.pt"))) == config.loop.keep_checkpoints
+
+
+def test_what_was_skipped_is_kept_by_reason_across_a_resumption(tiny_config: TrainConfig):
+    shard = next(Path(tiny_config.data.train[0]).parent.glob("train-1.tar"))
+    content = shard.read_bytes()
+    with tarfile.open(shard) as tar:
+        pictures = [member for member in tar if member.name.endswith(".png")][:5]
+    for member in pictures:
+        middle = member.offset_data + member.size // 2
+        content = content[: member.offset_data] + b"x" * (middle - member.offset_data) + content[middle:]
+    shard.write_bytes(content)
+    whole, parts = replace(tiny_config, name="whole"), replace(tiny_config, name="parts")
+    train(whole)
+    for max_steps in (5, None):
+        train(replace(parts, loop=replace(parts.loop, max_steps=max_steps)))
+    counted = [[r["skipped_reasons"] for r in records(config) if "loss" in r][-1] for config in (whole, parts)]
+    assert counted[0] == counted[1]
+    assert 8 <= counted[0]["corrupt image"] <= 12  # five pictures in each of two epochs, which leave four samples out
+    state = final_state(whole)
+    torch.save({**state, "skipped": 7}, CheckpointFolder(whole.folder / "checkpoints", keep=9).step_paths()[-1])
+    trainer = Trainer(whole)
+    trainer.close()
+    assert trainer.skipped == {"reason not kept": 7}
+
+
+def test_steps_between_records_ask_the_device_for_nothing(tiny_config: TrainConfig, monkeypatch):
+    config = replace(tiny_config, loop=replace(tiny_config.loop, log_every=3, checkpoint_every=100))
+    trainer = Trainer(config)
+    asked: list[int] = []
+    for name in ("item", "__bool__", "__float__", "tolist", "cpu"):
+        real = getattr(torch.Tensor, name)
+
+        def counted(tensor, *arguments, real=real, **options):
+            if threading.current_thread() is threading.main_thread():  # the loader's threads have no device
+                asked.append(trainer.step)
+            return real(tensor, *arguments, **options)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    real_step = trainer.train_step
+
+    def without_asking(batch):
+        before = len(asked)
+        output = real_step(batch)
+        del asked[before:]  # on the CPU some operators ask, and nothing has to be waited for
+        return output
+
+    monkeypatch.setattr(trainer, "train_step", without_asking)
+    monkeypatch.setattr(trainer, "_evaluate_if_due", lambda: None)
+    trainer.fit(type("Stop", (), {"signum": 0})())
+    trainer.close()
+    assert set(asked) == {3, 6, 9, 12}
 
 
 @pytest.mark.parametrize("weight_average", [None, 0.9])
@@ -340,14 +404,51 @@ def test_an_interrupted_command_exits_with_128_plus_the_signal(tiny_config: Trai
     assert load_checkpoint(CheckpointFolder(config.folder / "checkpoints", keep=1).step_paths()[-1])["step"] >= 3
 
 
-@pytest.mark.system
-def test_two_processes_train_as_one_and_resume(tiny_config: TrainConfig, tmp_path: Path):
-    """Without batch norm and dropout, whose statistics and masks are each process's own, two ranks equal one."""
+@pytest.mark.parametrize("norm", [False, True], ids=["no batch norm", "batch norm"])
+def test_micro_batches_train_as_the_whole_batch(tiny_config: TrainConfig, norm: bool):
+    """To rounding without dropout and batch norm; with batch norm it is another normalisation, and training goes on."""
     model = replace(
         tiny_config.model,
         vision=ViTConfig(image_size=16, patch_size=8, width=16, layers=1, heads=2),
         text=replace(tiny_config.model.text, dropout=0.0),
-        h_head=SharedHeadConfig(),
+        h_head=tiny_config.model.h_head if norm else SharedHeadConfig(),
+    )
+    losses = []
+    for parts in (1, 3):
+        loop = replace(tiny_config.loop, accumulation=parts)
+        config = replace(tiny_config, name=f"parts{parts}", model=model, loop=loop, eval=EvalConfig())
+        train(config)
+        losses.append([r["loss"] for r in records(config) if "loss" in r])
+    assert losses[0] == pytest.approx(losses[1], rel=0.2 if norm else 1e-4)
+    assert (losses[0] == pytest.approx(losses[1], rel=1e-4)) != norm
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("NVIDIA H100 80GB HBM3", r"the cost model expects .* what should fit: "),
+        ("A card", "a smaller data.batch_size"),
+    ],
+)
+def test_out_of_memory_says_what_would_fit(tiny_config: TrainConfig, name: str, hint: str, monkeypatch):
+    def full(self: Trainer, batch: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    card = types.SimpleNamespace(name=name, total_memory=2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 2**29)
+    monkeypatch.setattr(Trainer, "train_step", full)
+    with pytest.raises(Failed, match=rf"out of memory at step 1: 0.5 of 1.0 GiB taken\. .*{hint}"):
+        train(tiny_config)
+
+
+@pytest.mark.system
+def test_two_processes_train_as_one_and_resume(tiny_config: TrainConfig, tmp_path: Path):
+    """Head h's batch norm is synchronised. Without the tower's and dropout, which are not, two ranks equal one."""
+    model = replace(
+        tiny_config.model,
+        vision=ViTConfig(image_size=16, patch_size=8, width=16, layers=1, heads=2),
+        text=replace(tiny_config.model.text, dropout=0.0),
     )
     config = replace(tiny_config, model=model)
     one, two = replace(config, name="one"), replace(config, name="two")

@@ -22,6 +22,19 @@ class RawSample:
     json: bytes | None
 
 
+class Skipped(Counter[str]):
+    """Samples left out, counted by reason; ``first`` holds for each reason the key of the first (or its number)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: dict[str, str] = {}
+
+    def add(self, reason: str, key: str, count: int = 1) -> None:
+        """``count`` samples, the first of them ``key``."""
+        self[reason] += count
+        self.first.setdefault(reason, key)
+
+
 class Source(Protocol):
     """Samples of one file or folder, numbered; what can be seen to be unusable without reading is left out.
 
@@ -30,11 +43,14 @@ class Source(Protocol):
     """
 
     name: str
-    skipped: Counter[str]
+    skipped: Skipped
     blocks: np.ndarray | None
 
     def __len__(self) -> int:
         """Samples, the same number every time."""
+
+    def key(self, index: int) -> str:
+        """Sample ``index``'s key, without reading its picture. OSError where it has to be read and cannot be."""
 
     def read(self, index: int) -> RawSample:
         """Sample ``index``, from any thread; BadSampleError if it cannot be used. Its key is always the same, and no

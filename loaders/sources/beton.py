@@ -7,14 +7,13 @@ without FFCV's 2.3 seconds of import, and is safe from files that are cut while 
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from rocket_fast.errors import require
 from rocket_fast.loaders.base import BadSampleError
-from rocket_fast.loaders.sources import CaptionMember, RawSample
+from rocket_fast.loaders.sources import CaptionMember, RawSample, Skipped
 from rocket_fast.loaders.sources.webdataset import FileCache
 
 VERSION = 2  # of FFCV's format; FFCV 1.0.2 knows no other
@@ -54,7 +53,7 @@ class BetonSource:
     blocks: np.ndarray | None = None
 
     def __init__(self, path: Path, files: FileCache, *, caption: CaptionMember = "txt") -> None:
-        self.path, self.name, self.skipped = path, path.stem, Counter[str]()
+        self.path, self.name, self.skipped = path, path.stem, Skipped()
         self._files, self._caption = files, caption
         end = path.stat().st_size
         samples = _read_head(path, end, caption)
@@ -63,11 +62,16 @@ class BetonSource:
         sizes = np.stack([rows[name]["size"] for name in FIELDS], axis=1)
         whole = starts + sizes.sum(axis=1, dtype=np.uint64) <= end
         if lost := samples - int(whole.sum()):
-            self.skipped["rest of a damaged shard"] = lost
+            self.skipped.add("rest of a damaged shard", f"number {int(np.argmin(whole))}", lost)
         self._starts, self._sizes = starts[whole], sizes[whole].astype(np.uint32)
 
     def __len__(self) -> int:
         return len(self._starts)
+
+    def key(self, index: int) -> str:
+        """Sample ``index``'s key, read from the file."""
+        image, key, _ = self._sizes[index].tolist()
+        return self._files.read(self.path, int(self._starts[index]) + image, key).decode("utf-8", "surrogateescape")
 
     def read(self, index: int) -> RawSample:
         """Sample ``index``'s bytes; BadSampleError if the file no longer has them."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from rocket_fast.loaders.sources import IMAGE_SUFFIXES, CaptionMember, RawSample, Source
+from rocket_fast.loaders.sources import IMAGE_SUFFIXES, CaptionMember, RawSample, Skipped, Source
 from rocket_fast.loaders.sources.csv import csv_rows
 from rocket_fast.loaders.sources.json import jsonl_rows
 from rocket_fast.loaders.sources.table import FileSource, SourceOptions, Strings, caption_bytes, raw_sample, read_whole
@@ -36,7 +35,7 @@ class FolderSource:
     blocks: np.ndarray | None = None
 
     def __init__(self, path: Path, member: CaptionMember) -> None:
-        self.name, self.skipped = path.resolve().name, Counter[str]()
+        self.name, self.skipped = path.resolve().name, Skipped()
         self._root, self._member, self._pictures = str(path), member, Strings()
         suffixes = ("txt",) if member == "txt" else ("json", "txt")
         self._caption_suffixes = bytearray()
@@ -47,16 +46,21 @@ class FolderSource:
                 stem, _, suffix = name.rpartition(".")
                 if not stem or name.startswith(".") or suffix.lower() not in IMAGE_SUFFIXES:
                     continue
+                relative = os.path.relpath(os.path.join(folder, name), path)
                 number = next((i for i, kind in enumerate(suffixes) if f"{stem}.{kind}" in there), None)
                 if number is None:
-                    self.skipped["no caption"] += 1
+                    self.skipped.add("no caption", relative)
                     continue
-                self._pictures.append(os.fsencode(os.path.relpath(os.path.join(folder, name), path)))
+                self._pictures.append(os.fsencode(relative))
                 self._caption_suffixes.append(number)
         self._suffixes = suffixes
 
     def __len__(self) -> int:
         return len(self._pictures)
+
+    def key(self, index: int) -> str:
+        """Sample ``index``'s key: its picture's path in the folder."""
+        return f"{self.name}/{os.fsdecode(self._pictures[index])}"
 
     def read(self, index: int) -> RawSample:
         """Sample ``index``'s bytes; BadSampleError if picture or caption cannot be read."""
@@ -66,4 +70,4 @@ class FolderSource:
         caption = read_whole(os.path.join(self._root, f"{picture.rpartition('.')[0]}.{suffix}"), "caption")
         if self._member == "json" and suffix == "txt":
             caption = caption_bytes([caption.decode("utf-8-sig", "surrogateescape")], "json")
-        return raw_sample(f"{self.name}/{picture}", image, caption, self._member)
+        return raw_sample(self.key(index), image, caption, self._member)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from array import array
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
@@ -16,7 +16,7 @@ import numpy as np
 
 from rocket_fast.errors import optional_import, require
 from rocket_fast.loaders.base import BadSampleError
-from rocket_fast.loaders.sources import RawSample, Source
+from rocket_fast.loaders.sources import RawSample, Skipped, Source
 from rocket_fast.loaders.sources.table import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
@@ -104,8 +104,9 @@ class ParquetSource:
     """Pictures in the file. They are read by whole row groups: an order that jumps about is slow, see ``blocks``."""
 
     def __init__(self, path: Path, file: Any, image: str, caption: str, options: SourceOptions) -> None:
-        self.name, self.skipped = path.stem, Counter[str]()
+        self.name, self.skipped = path.stem, Skipped()
         self._path, self._column, self._member, self._metadata = path, image, options.caption, file.metadata
+        self._files = options.files
         self._cache, self._folders = options.row_groups, options.folders(path)
         counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         self._starts = np.cumsum([0, *counts])
@@ -117,13 +118,17 @@ class ParquetSource:
                     self._captions.append(caption_bytes(_captions(value), options.caption))
                     rows.append(number)
                 except BadSampleError as error:
-                    self.skipped[error.reason] += 1
+                    self.skipped.add(error.reason, row_key(number))
                 number += 1
         self._rows = np.array(rows, dtype=np.int64)
         self.blocks: np.ndarray | None = np.searchsorted(self._starts, self._rows, side="right") - 1
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def key(self, index: int) -> str:
+        """Sample ``index``'s key: the number of its row."""
+        return f"{self.name}/{row_key(int(self._rows[index]))}"
 
     def read(self, index: int) -> RawSample:
         """Sample ``index``'s bytes; BadSampleError if its row group is damaged or it has no picture."""
@@ -136,7 +141,7 @@ class ParquetSource:
             image = self._beside(value["path"])
         if not isinstance(image, bytes):
             raise BadSampleError("no image")
-        return raw_sample(f"{self.name}/{row_key(row)}", image, self._captions[index], self._member)
+        return raw_sample(self.key(index), image, self._captions[index], self._member)
 
     def _beside(self, picture: str) -> bytes:
         paths = (os.path.join(folder, picture) for folder in self._folders.folders)
@@ -144,9 +149,16 @@ class ParquetSource:
 
     def _load(self, group: int) -> Any:
         parquet = optional_import("pyarrow.parquet", "parquet")
-        try:
+
+        def load() -> Any:
             # A file object of its own: they are not made for several threads.
-            with parquet.ParquetFile(self._path, metadata=self._metadata) as file:
-                return file.read_row_group(group, columns=[self._column]).column(self._column).combine_chunks()
-        except (OSError, ValueError) as error:
-            raise BadSampleError("row group cannot be read") from error
+            with open(self._path, "rb") as opened, parquet.ParquetFile(opened, metadata=self._metadata) as file:
+                try:
+                    return file.read_row_group(group, columns=[self._column]).column(self._column).combine_chunks()
+                except (OSError, ValueError) as error:  # damaged pages are OSErrors of pyarrow's own
+                    raise BadSampleError("row group cannot be read") from error
+
+        try:
+            return self._files.attempt(self._path, load)
+        except OSError as error:
+            raise BadSampleError("shard cannot be read") from error

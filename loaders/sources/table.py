@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 
 from rocket_fast.errors import require
 from rocket_fast.loaders.base import BadSampleError
-from rocket_fast.loaders.sources import IMAGE_SUFFIXES, CaptionMember, RawSample
+from rocket_fast.loaders.sources import IMAGE_SUFFIXES, CaptionMember, RawSample, Skipped
 from rocket_fast.loaders.sources.webdataset import FileCache
 
 if TYPE_CHECKING:
@@ -175,25 +174,28 @@ class FileSource:
     blocks: np.ndarray | None = None
 
     def __init__(self, name: str, rows: Iterable[Row | None], folders: PictureFolders, member: CaptionMember) -> None:
-        self.name, self.skipped = name, Counter[str]()
+        self.name, self.skipped = name, Skipped()
         self._folders, self._member = folders, member
         self._keys, self._pictures, self._captions, self._places = Strings(), Strings(), Strings(), array("B")
         seen: set[str] = set()
-        for row in rows:
+        for number, row in enumerate(rows):
             try:
                 self._add(row, seen)
             except BadSampleError as error:
-                self.skipped[error.reason] += 1
+                self.skipped.add(error.reason, f"row {number}" if row is None else row.key)
         folders.forget()
 
     def __len__(self) -> int:
         return len(self._keys)
 
+    def key(self, index: int) -> str:
+        """Sample ``index``'s key."""
+        return f"{self.name}/{os.fsdecode(self._keys[index])}"
+
     def read(self, index: int) -> RawSample:
         """Sample ``index``'s bytes; BadSampleError if the picture is gone."""
-        key = f"{self.name}/{os.fsdecode(self._keys[index])}"
         image = read_whole(self._folders.path(self._places[index], os.fsdecode(self._pictures[index])), "image")
-        return raw_sample(key, image, self._captions[index], self._member)
+        return raw_sample(self.key(index), image, self._captions[index], self._member)
 
     def _add(self, row: Row | None, seen: set[str]) -> None:
         if row is None:

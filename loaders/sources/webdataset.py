@@ -2,27 +2,33 @@
 
 Only the headers are read when a shard is opened, or its index file (``tar_index.py``). Members are then read by
 position (``pread``) rather than through a memory map: a shard rewritten or cut while in use gives damaged samples,
-which are counted; a map kills the process.
+which are counted; a map kills the process. Reading 46 kB takes 2 us longer that way; decoding and rendering them takes
+1,000.
 """
 
 from __future__ import annotations
 
-import functools
 import os
-from collections import Counter
-from collections.abc import Iterator
+import threading
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from rocket_fast.loaders.base import BadSampleError
-from rocket_fast.loaders.sources import IMAGE_SUFFIXES, CaptionMember, RawSample
+from rocket_fast.loaders.sources import IMAGE_SUFFIXES, CaptionMember, RawSample, Skipped
 
 _BLOCK = 512
 _NEAR = 1 << 16  # members with less than this between them are read at once
+_WAITS = (0.1, 0.3, 0.6)  # seconds before a file that could not be read is tried again
+_LOST_FOR = 30.0  # seconds in which it then is not
 _ABSENT = -1
 _IMAGE, _TEXT, _JSON = 0, 1, 2
+Result = TypeVar("Result")
 
 
 class _OpenFile:
@@ -37,19 +43,83 @@ class _OpenFile:
 
 
 class FileCache:
-    """Reads of many files through few descriptors; safe to share among threads."""
+    """Reads of many files through few descriptors; safe to share among threads.
+
+    What fails is tried again for a second, with the file opened anew. A file that still cannot be read is named in a
+    warning; for half a minute everything asked of it then fails at once, so that a lost shard does not cost a second
+    for every sample. A file that was put out of the cache and comes back with another size is none that can be read.
+    """
 
     def __init__(self, limit: int = 128) -> None:
-        self._open = functools.lru_cache(maxsize=limit)(_OpenFile)
+        self._limit, self._lock = limit, threading.Lock()
+        self._open: OrderedDict[Path, _OpenFile] = OrderedDict()
+        self._sizes: dict[Path, int] = {}
+        self._lost: dict[Path, float] = {}  # when it was last found to be
+        self._warned: set[Path] = set()
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
-        """Up to ``size`` bytes from ``offset`` on; fewer where the file ends."""
-        file = self._open(path)  # held until pread returns: another thread's read may put it out of the cache meanwhile
-        return os.pread(file.descriptor, size, offset)
+        """Up to ``size`` bytes from ``offset`` on; fewer where the file ends. OSError where it cannot be read."""
+
+        def read() -> bytes:
+            file = self._file(path)  # held until pread returns: another thread may put it out of the cache meanwhile
+            return os.pread(file.descriptor, size, offset)
+
+        return self.attempt(path, read)
 
     def size(self, path: Path) -> int:
         """Bytes in the file."""
-        return os.fstat(self._open(path).descriptor).st_size
+
+        def size() -> int:
+            file = self._file(path)
+            return os.fstat(file.descriptor).st_size
+
+        return self.attempt(path, size)
+
+    def attempt(self, path: Path, action: Callable[[], Result]) -> Result:
+        """What ``action`` gives, which reads ``path``; its OSError, once it has been given its second."""
+        lost_at = self._lost.get(path)
+        if lost_at is not None and time.monotonic() < lost_at + _LOST_FOR:
+            raise OSError(f"{path} could not be read a moment ago")
+        for wait in (*(_WAITS if lost_at is None else ()), None):
+            try:
+                result = action()
+            except OSError as error:
+                with self._lock:
+                    self._open.pop(path, None)
+                if wait is None:
+                    self._lose(path, error)
+                    raise
+                time.sleep(wait)
+            else:
+                break
+        if lost_at is not None:
+            self._lost.pop(path, None)
+        return result
+
+    def _lose(self, path: Path, error: OSError) -> None:
+        with self._lock:
+            self._lost[path] = time.monotonic()
+            first = path not in self._warned
+            self._warned.add(path)
+        if first:
+            warnings.warn(f"{path} cannot be read ({error}); its samples are skipped until it can", stacklevel=2)
+
+    def _file(self, path: Path) -> _OpenFile:
+        with self._lock:
+            file = self._open.get(path)
+            if file is not None:
+                self._open.move_to_end(path)
+                return file
+        file = _OpenFile(path)
+        size = os.fstat(file.descriptor).st_size
+        with self._lock:
+            expected = self._sizes.setdefault(path, size)
+            if size != expected:
+                raise OSError(f"it has {size} bytes, where it had {expected}")
+            self._open[path] = file
+            dropped = self._open.popitem(last=False) if len(self._open) > self._limit else None
+        del dropped  # closed, if nobody reads it, when the lock is free again
+        return file
 
 
 class TarIndex(NamedTuple):
@@ -103,7 +173,7 @@ class TarSource:
     def __init__(
         self, path: Path, files: FileCache, *, caption: CaptionMember = "txt", index: TarIndex | None = None
     ) -> None:
-        self.path, self.name, self._files = path, path.stem, files
+        self.path, self.name, self.skipped, self._files = path, path.stem, Skipped(), files
         index = scan_tar(path, files) if index is None else index
         needed, unwanted = (_TEXT, _JSON) if caption == "txt" else (_JSON, _TEXT)
         offset = index.places[:, :, 0]
@@ -112,20 +182,26 @@ class TarSource:
         usable = usable[np.argsort(np.minimum(offset[usable, _IMAGE], offset[usable, needed]), kind="stable")]
         self._keys, self._places = index.keys[usable], index.places[usable]
         self._places[:, unwanted] = _ABSENT, 0
-        left_out = {
-            "repeated member": index.repeated[_IMAGE] + index.repeated[needed],
-            "no image": int((captioned & ~pictured).sum()),
-            "no caption": int((pictured & ~captioned).sum()),
-            "rest of a damaged shard": int(index.damaged),
-        }
-        self.skipped = Counter({reason: count for reason, count in left_out.items() if count})
+        repeated = index.repeated[_IMAGE] + index.repeated[needed]
+        if repeated:
+            self.skipped.add("repeated member", "a name that comes twice", repeated)
+        for reason, lacking in (("no image", captioned & ~pictured), ("no caption", pictured & ~captioned)):
+            if lacking.any():
+                self.skipped.add(reason, _decoded(index.keys[lacking.argmax()]), int(lacking.sum()))
+        if index.damaged:
+            self.skipped.add(
+                "rest of a damaged shard", f"all behind {_decoded(index.keys[-1])}" if len(index.keys) else "all"
+            )
 
     def __len__(self) -> int:
         return len(self._places)
 
+    def key(self, index: int) -> str:
+        """Sample ``index``'s key."""
+        return f"{self.name}/{_decoded(self._keys[index])}"
+
     def read(self, index: int) -> RawSample:
         """Sample ``index``'s bytes; BadSampleError if the file no longer has them."""
-        key = f"{self.name}/{bytes(self._keys[index]).decode('utf-8', 'surrogateescape')}"
         places = self._places[index].tolist()
         kept = [(offset, offset + size) for offset, size in places if offset != _ABSENT]
         start, end = min(kept)[0], max(end for _, end in kept)
@@ -141,7 +217,11 @@ class TarSource:
         complete = all(part is None or len(part) == size for part, (_, size) in zip(parts, places, strict=True))
         if image is None or not complete:
             raise BadSampleError("shard cut short")
-        return RawSample(key, image, text, json)
+        return RawSample(self.key(index), image, text, json)
+
+
+def _decoded(key: bytes) -> str:
+    return bytes(key).decode("utf-8", "surrogateescape")
 
 
 def _members(path: Path, files: FileCache) -> Iterator[tuple[str, int, int] | None]:

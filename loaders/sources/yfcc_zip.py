@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import zlib
 from array import array
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from rocket_fast.errors import require
 from rocket_fast.loaders.base import BadSampleError
-from rocket_fast.loaders.sources import RawSample
+from rocket_fast.loaders.sources import RawSample, Skipped
 from rocket_fast.loaders.sources.pickles import load_pickle
 from rocket_fast.loaders.sources.table import SourceOptions, Strings, caption_bytes, raw_sample
 from rocket_fast.loaders.sources.webdataset import FileCache
@@ -96,22 +95,26 @@ class YFCCSource:
     blocks: np.ndarray | None = None
 
     def __init__(self, path: Path, options: SourceOptions) -> None:
-        self.name, self.skipped = path.stem, Counter[str]()
+        self.name, self.skipped = path.stem, Skipped()
         self._member, self._zips = options.caption, ZipReader(options.files)
         self._indices, self._captions = array("I"), Strings()
         self._folders, self._found = options.folders(path), dict[int, tuple[int, str] | None]()
         rows = load_pickle(path)
         require(isinstance(rows, list | tuple), "pickle", type(rows).__name__, "a list of (index, title, description)")
         seen: set[int] = set()
-        for row in rows:
+        for number, row in enumerate(rows):
             try:
                 self._add(row, seen)
             except BadSampleError as error:
-                self.skipped[error.reason] += 1
+                self.skipped.add(error.reason, f"row {number}")
         self._folders.forget()
 
     def __len__(self) -> int:
         return len(self._indices)
+
+    def key(self, index: int) -> str:
+        """Sample ``index``'s key: its picture's number."""
+        return f"{self.name}/{self._indices[index]:08d}"
 
     def read(self, index: int) -> RawSample:
         """Sample ``index``'s bytes; BadSampleError if its zip does not hold it."""
@@ -119,7 +122,7 @@ class YFCCSource:
         found = self._found[number // 1000]
         assert found is not None
         image = self._zips.read(Path(self._folders.path(*found)), f"{number % 1000:03d}.jpg")
-        return raw_sample(f"{self.name}/{number:08d}", image, self._captions[index], self._member)
+        return raw_sample(self.key(index), image, self._captions[index], self._member)
 
     def _add(self, row: Any, seen: set[int]) -> None:
         number = _index(row)

@@ -103,7 +103,9 @@ class ClipLoss(nn.Module):
             return _output(clip_loss(image_features, text_features, logit_scale, logit_bias=logit_bias), output_dict)
         scale = as_number(logit_scale, image_features)
         own = Embeddings(image_z=image_features, text_z=text_features, logit_scale=scale)
-        terms = multiview_terms(own, distributed.AllRanks(image_features), exchange="auto", normalize=False)
+        terms = multiview_terms(
+            own, distributed.AllRanks(image_features, text_features), exchange="auto", normalize=False
+        )
         return _output(with_bias((terms.loss_image + terms.loss_text) / 2, logit_bias, image_features), output_dict)
 
 
@@ -142,12 +144,15 @@ class SigLipLoss(nn.Module):
         logit_bias: Tensor | float | None,
         output_dict: bool = False,
     ) -> Any:
-        """The loss of features (N, D), already of unit length; ``{"contrastive_loss": loss}`` with ``output_dict``."""
+        """The loss of features (N, D), already of unit length; ``{"contrastive_loss": loss}`` with ``output_dict``.
+
+        ``logit_bias``: None is 0, as there.
+        """
         _require_place(self.rank, self.world_size)
         bias = 0.0 if logit_bias is None else logit_bias
         if self.world_size == 1:
             return _output(siglip_loss(image_features, text_features, logit_scale, bias), output_dict)
-        ranks = distributed.AllRanks(image_features)
+        ranks = distributed.AllRanks(image_features, text_features)
         ranks.require_samples()
         ((texts,),) = ranks.gather((text_features,))
         loss = siglip_loss(image_features, texts, logit_scale, bias, row_offset=ranks.first_row)

@@ -13,14 +13,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from rocket_fast.batch import CompanionOutputs
+from rocket_fast.distributed import world_size
 from rocket_fast.errors import require
+from rocket_fast.kernels.projector import batch_norm_relu, batch_norm_relu_linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +163,13 @@ class MLPHead(nn.Sequential):
 
     ``bias``: whether all layers but the last have a bias; ``last_bias``: whether the last has. ``last_norm``: a batch
     norm at the end, with weight and bias (affine) or without (plain).
+
+    In training the layers work together (kernels/projector.py): same values, gradients and running statistics, half
+    the memory. Biases before a batch norm, which cancel there, get gradients that are exactly zero.
     """
+
+    synchronized = False
+    """Whether batch norms take the statistics of all ranks' samples, on any device. An nn.SyncBatchNorm always does."""
 
     def __init__(
         self,
@@ -178,6 +188,37 @@ class MLPHead(nn.Sequential):
         if last_norm is not None:
             layers[f"bn{last}"] = nn.BatchNorm1d(widths[-1], affine=last_norm == "affine")
         super().__init__(layers)
+
+    def forward(self, features_BD: Tensor) -> Tensor:
+        """(B, first width) to (B, last width)."""
+        linear, *following = (layer for layer in self if isinstance(layer, nn.Linear))
+        norms = [layer for layer in self if isinstance(layer, _BatchNorm)]
+        if not self.training or not norms:
+            return super().forward(features_BD)
+        x_BC = F.linear(features_BD, linear.weight)  # the norm takes the bias
+        for norm, after in zip(norms, following, strict=False):
+            ends = after is following[-1] and len(norms) == len(following)
+            vector = after.bias if ends else None
+            x_BC = batch_norm_relu_linear(
+                x_BC, matrix_MC=after.weight, vector_M=vector, linear_bias=linear.bias, **self._arguments(norm)
+            )
+            linear = after
+        if len(norms) > len(following):
+            x_BC = batch_norm_relu(x_BC, linear_bias=linear.bias, relu=False, **self._arguments(norms[-1]))
+        return x_BC
+
+    def _arguments(self, norm: _BatchNorm) -> dict[str, Any]:
+        """A batch norm's part of a fused call; counts the batch in training, as its own forward does."""
+        momentum = norm.momentum
+        if norm.training and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+            if momentum is None:
+                momentum = 1 / float(norm.num_batches_tracked)
+        group = None
+        if norm.training and (self.synchronized or isinstance(norm, nn.SyncBatchNorm)) and world_size() > 1:
+            group = getattr(norm, "process_group", None) or dist.group.WORLD
+        names = ("weight", "bias", "running_mean", "running_var", "training", "eps")
+        return {"momentum": momentum or 0.0, "group": group, **{name: getattr(norm, name) for name in names}}
 
 
 class ViewHeads(nn.Module):

@@ -12,6 +12,7 @@ import time
 import unittest.mock
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rocket_fast import distributed, exchange
+from rocket_fast import distributed, exchange, own_rows
 from rocket_fast.batch import CompanionOutputs, Embeddings
 from rocket_fast.device import cpu_peak_bytes
+from rocket_fast.interop.open_clip import ClipLoss, SigLipLoss
 from rocket_fast.kernels import siglip_loss
 from rocket_fast.losses import LossConfig, build_loss, siglip_loss_over_ranks
 from rocket_fast.models.heads import BarLIPConfig, BYOLIPConfig, SiamLIPConfig, SwALIPConfig, SwALIPPrototypesConfig
@@ -161,9 +163,31 @@ def collectives(sizes: tuple[int, ...]) -> dict[str, Any]:
     ).sum().backward()  # another loss on every rank: gradients add up to 1 + 2 + ...
     results = {"gathered": gathered.detach(), "gathered grad": leaf.grad}
     constants = leaf.detach().unsqueeze(1).expand(-1, 2, -1), torch.arange(len(leaf), dtype=torch.int32)
+    if len(sizes) > 1:
+        require_refusals_on_every_rank(leaf)
     together = distributed.gather_together([*constants, leaf.to(torch.bfloat16)], distributed.row_counts(leaf))
     assert [tensor.requires_grad for tensor in together] == [False, False, True]
     return results | {f"together {i}": tensor.detach() for i, tensor in enumerate(together)}
+
+
+def require_refusals_on_every_rank(own: Tensor) -> None:
+    """What fits on some ranks only is refused by all of them, so that none waits for another."""
+    last = distributed.rank() == distributed.world_size() - 1
+    refused = {
+        r"tensors: got shapes .* expected a dimension of samples": own.sum() if last else own,
+        r"tensors: got .*, expected widths and dtypes that are the same": own[:, 1:] if last else own,
+        r"expected widths and dtypes": own.float() if last else own,
+    }
+    for message, tensor in refused.items():
+        with pytest.raises(ValueError, match=message):
+            distributed.gather(tensor)
+    with pytest.raises(ValueError, match=r"tensor: got <class 'list'>, expected a tensor"):
+        distributed.gather([1.0])  # type: ignore[arg-type]
+    texts = torch.cat([own, own]) if last else own
+    place = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+    for loss in (ClipLoss(**place), SigLipLoss(**place)):
+        with pytest.raises(ValueError, match=r"rows by rank', expected equally many in all of a rank"):
+            loss(own, texts, 1.0, 0.0)
 
 
 def siglip(sizes: tuple[int, ...]) -> dict[str, Any]:
@@ -216,6 +240,22 @@ def traffic_and_memory(sizes: tuple[int, ...]) -> dict[str, Any]:
         peak = min(peak, *(other for _, other in again))
         results[scheme] = {"sent for few": few, "sent": sent, "peak": peak}
     return results
+
+
+def companions_traffic(sizes: tuple[int, ...]) -> dict[str, Any]:
+    """Bytes sent in a step of each companion whose samples are compared across ranks, 64 wide, in float32."""
+    ranks, generator = distributed.AllRanks(torch.empty(sizes[0], 1)), torch.Generator().manual_seed(distributed.rank())
+
+    def sent(loss: Callable[..., Tensor], *options: Any) -> float:
+        views = [torch.randn(sizes[0], 64, generator=generator).requires_grad_() for _ in range(4)]
+        return bytes_sent_and_peak(lambda: loss(views[:2], views[2:], *options).backward())[0]
+
+    scale, sinkhorn = torch.tensor(5.0), {"epsilon": 0.05, "iterations": 3}
+    return {
+        "barlip": sent(partial(own_rows.barlip_over_ranks, ranks=ranks, lambda_=0.1, scale=1.0)),
+        "swalip": sent(partial(own_rows.swalip_over_ranks, h_logit_scale=scale, ranks=ranks, **sinkhorn)),
+        "prototypes": sent(partial(own_rows.swalip_prototypes_over_ranks, logit_scale=scale, ranks=ranks, **sinkhorn)),
+    }
 
 
 def some_embeddings(rows: int) -> tuple[Embeddings, list[Tensor]]:
@@ -284,6 +324,7 @@ def run_rank(rank: int, folder: Path) -> None:
         everything[str(sizes)] = work(sizes, index, exact_schemes, without_gradients_across, collectives, siglip)
     for world in (2, 4):
         everything[f"traffic {world}"] = work((ROWS,) * world, len(SIZES) + world, traffic_and_memory)
+    everything["companions' traffic"] = work((32, 32), 200, companions_traffic)
     everything["without samples"] = work((4, 0), 100, without_samples)
     torch.save(everything, folder / f"{rank}.pt")
 
@@ -446,6 +487,18 @@ def test_one_sided_sends_half_and_its_memory_grows_with_the_texts_alone(ranks: l
     growth = {scheme: peaks[4][scheme] - peaks[2][scheme] for scheme in peaks[4]}
     assert growth["one_sided"] <= 16 * new_texts * text_width < 4 * ROWS * new_texts
     assert growth["one_sided"] < 2 / 3 * growth["all_gather"]
+
+
+@pytest.mark.system
+def test_companions_send_what_their_own_rows_take(ranks: list[dict[str, Any]]) -> None:
+    """Against rocket_fast/own_rows.py; the old way, everything to everybody and back, is 8 views."""
+    view = 32 * 64 * 4
+    for result in ranks[:2]:
+        sent = result["companions' traffic"]
+        assert sent["barlip"] == 4 * view + 2 * (1 + 64) * 8  # the weak and one strong pair
+        # Maxima and sums, in float64, of four pairs: two assignments in three iterations, and one of predictions.
+        assert sent["swalip"] == 4 * view + 2 * 4 * (2 * 3 + 1) * 64 * 8 + 4  # and the loss
+        assert sent["prototypes"] == 2 * 4 * 3 * 64 * 8 + 4
 
 
 def test_a_world_of_one_gathers_nothing() -> None:

@@ -23,6 +23,13 @@ VIEWS = [
     compile_check.ViewsCase(100, "fp16", 225),
 ]
 
+PROJECTOR = [
+    compile_check.ProjectorCase(80, "fp16", 3001),
+    compile_check.ProjectorCase(90, "bf16", 4096),
+    compile_check.ProjectorCase(100, "fp32", 3001, "-"),
+]
+PASSES = {"_moments_kernel", "_common_moments_kernel", "_normalize_kernel", "_sums_kernel", "_total_kernel"}
+
 
 def check(rows: list[compile_check.Row]) -> None:
     assert {row.kernel for row in rows} >= set(compile_check.PRODUCT_KERNELS)
@@ -52,6 +59,37 @@ def check_views(rows: list[compile_check.Row]) -> None:
         warps = triton_augment.CONFIGS[row.arch].warps
         assert "default" in row.size or 2 * 32 * warps * row.registers <= 65_536, row
         assert 2 * row.shared <= 160 * 1024, row
+
+
+@pytest.mark.parametrize("arch", compile_check.ARCHITECTURES)
+def test_cosines_do_not_spill(arch: int) -> None:
+    check_cosines([compile_check.CosineCase(arch, "bf16", 128), compile_check.CosineCase(arch, "fp32", 100)])
+
+
+@pytest.mark.slow
+def test_every_width_and_type_of_cosines() -> None:
+    check_cosines(compile_check.cosine_cases())
+
+
+def check_cosines(cases: list[compile_check.CosineCase]) -> None:
+    rows = list(compile_check.rows(cases))
+    assert {row.kernel for row in rows} == {"_cosine_forward_kernel", "_cosine_backward_kernel"}
+    assert not [row for row in rows if row.stack]
+
+
+@pytest.mark.parametrize("case", PROJECTOR, ids=lambda case: f"sm_{case.arch}-{case.dtype}")
+def test_batch_norm_does_not_spill(case: compile_check.ProjectorCase) -> None:
+    check_projector(list(compile_check.rows([case])))
+
+
+def check_projector(rows: list[compile_check.Row]) -> None:
+    assert {row.kernel for row in rows} == PASSES | {"_input_kernel"}
+    assert not [row for row in rows if row.stack], "spills: choose another configuration"
+
+
+@pytest.mark.slow
+def test_every_width_and_type_of_batch_norm() -> None:
+    check_projector(list(compile_check.rows(compile_check.projector_cases())))
 
 
 @pytest.mark.slow

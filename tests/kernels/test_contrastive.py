@@ -677,12 +677,36 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "negative weight": (
         lambda: clip(X, X, 1.0, targets=(-torch.eye(4)).to_sparse_coo()),
-        r"targets: got \[-1.0, .*\], expected finite weights >= 0",
+        r"targets: got tensor\(\[-1., .*\]\), expected finite weights >= 0",
     ),
     "no weight": (
         lambda: clip(X, X, 1.0, targets=torch.zeros(4, 4).to_sparse_coo()),
         "targets: got 'no weight > 0', expected at least one positive",
     ),
+    "a matrix of 0 and 1": (
+        lambda: clip(X, X, 1.0, targets=torch.eye(4).long()),
+        r"targets: got 'a shape \(4, 4\), as many columns as texts', expected .* targets\.to_sparse\(\)",
+    ),
+    "a wide matrix": (
+        lambda: clip(*torch.randn(2, 9, 3), 1.0, targets=torch.full((9, 9), 2)),
+        r"targets: got 'a shape \(9, 9\), as many columns as texts'",
+    ),
+    "boolean scale": (lambda: clip(X, X, True), "logit_scale: got True, expected a finite number"),
+    "negative scale": (lambda: clip(X, X, -1.0), "logit_scale: got -1.0, expected an inverse temperature >= 0"),
+    "negative tensor": (
+        lambda: siglip(X, X, torch.tensor(-1.0), 0.0),
+        r"logit_scale: got tensor\(-1.\), expected an inv",
+    ),
+    "sparse embeddings": (lambda: clip(X.to_sparse(), X, 1.0), "image_ND: got torch.sparse_coo, expected a dense"),
+    "8-bit embeddings": (
+        lambda: clip(X, X.to(torch.float8_e5m2), 1.0),
+        "text_MD: got torch.float8_e5m2, expected float16, bfloat16, float32 or float64",
+    ),
+    "forward derivative": (
+        lambda: torch.func.jvp(lambda x: siglip(X, x, 1.0, 0.0), (X,), (X,)),
+        "text_MD: got 'a tensor with a tangent .*backward only",
+    ),
+    "swapped arguments": (lambda: clip(X, X, torch.randn(90, 90)), "logit_scale: got 'a tensor of shape"),
     "cl2l rows": (lambda: cl2l(X, Y, 1.0), r"text_z: got \(6, 3\), expected a shape \(4, 3\)"),
     "cl2l scales": (
         lambda: cl2l(X, X, 1.0, (X, X), (X, X), torch.ones(3)),
@@ -702,3 +726,22 @@ def test_errors_name_argument_value_and_expectation(name: str) -> None:
     call, message = ERRORS[name]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_errors_stay_short() -> None:
+    with pytest.raises(ValueError, match=r"label_smoothing: got tensor\(.*\.\.\., expected a number in") as caught:
+        clip(X, X, 1.0, label_smoothing=torch.randn(30, 30))  # type: ignore[arg-type]
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("layout", ["coo", "csr"])
+def test_compiled_code_takes_sparse_targets(layout: str) -> None:
+    """Not in its graphs, which know none, but around them."""
+    dense = torch.eye(4) + torch.diag(torch.full((3,), 0.5), 1)
+    targets = dense.to_sparse_coo() if layout == "coo" else dense.to_sparse_csr()
+    x = X.clone().requires_grad_()
+    compiled = torch.compile(lambda x: clip(x, X, 2.0, targets=targets), backend="eager")
+    for loss in (compiled(x), clip(x, X, 2.0, targets=targets)):
+        loss.backward()
+    eager = torch.autograd.grad(clip(x, X, 2.0, targets=targets), x)[0]
+    torch.testing.assert_close(x.grad, 2 * eager)

@@ -46,6 +46,7 @@ def test_threads_do_not_disturb_each_other():
         ("workers", 0),
         ("captions", "json"),
         ("prefetch", -1),
+        ("quality", "quick"),
         ("weights", (1.0, 2.0)),
         ("weights", (0.0,)),
         ("weights", (float("nan"),)),

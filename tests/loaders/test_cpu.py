@@ -4,18 +4,22 @@ import contextlib
 import io
 import itertools
 import json
+import os
 import threading
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from loader_support import TOKENIZER, VIEWS, assert_same, opened, write_members
 
-from rocket_fast.image_augment import ImageAugmentConfig, recipe_augment, weak_view
+from rocket_fast.errors import Failed
+from rocket_fast.image_augment import ImageAugmentConfig, ViewParams, recipe_augment, weak_view
 from rocket_fast.loaders.base import BadSampleError, DataConfig
-from rocket_fast.loaders.cpu import CPULoader, decode_image, iter_eval
+from rocket_fast.loaders.choose import open_loader
+from rocket_fast.loaders.cpu import CPULoader, decode_for_views, decode_image, iter_eval
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -416,3 +420,146 @@ def test_recipe_views_of_a_real_size(data):
     with opened(replace(data, batch_size=4), image=recipe_augment(64, strong_size=48)) as loader:
         batch = next(iter(loader))
     assert [image.shape[-1] for image in batch.images] == [64, 48, 48]
+
+
+def photo(height, width, seed=0):
+    """A JPEG of smooth colours."""
+    return encoded(colours(height, width, seed), "JPEG", quality=95)
+
+
+@pytest.mark.parametrize("views", [VIEWS, recipe_augment(40, strong_size=16)])
+def test_fast_quality_makes_the_same_crops_within_few_grey_levels(tmp_path, views):
+    samples = {str(i): {"jpg": photo(90 + 31 * i, 203 - 9 * i, i), "txt": b"x"} for i in range(12)}
+    samples |= {f"p{i}": {"png": encoded(colours(70, 50, i)), "txt": b"x"} for i in range(2)}
+    samples["inks"] = {"jpg": encoded(Image.fromarray(colours(90, 60)).convert("CMYK"), "JPEG"), "txt": b"x"}
+    write_members(tmp_path / "s.tar", samples)
+    data = DataConfig(train=(f"{tmp_path}/s.tar",), batch_size=15)
+    with opened(data, image=views) as exact, opened(replace(data, quality="fast"), image=views) as fast:
+        one, other = next(iter(exact)), next(iter(fast))
+    assert one.keys == other.keys
+    assert not torch.equal(one.images[0], other.images[0])
+    for a, b in zip(one.images, other.images, strict=True):
+        difference = (a.int() - b.int()).abs().float()
+        assert difference.mean() < 1.5
+        assert difference.flatten(1).max(dim=1).values.quantile(0.5) <= 6
+        for key, of_sample in zip(one.keys, difference, strict=True):
+            assert not of_sample.any() or key[2:].isdigit()  # what is no common JPEG is decoded as ever
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "expected"),
+    [
+        (20, (160, 320), (20, 40)),  # a crop eight times as large: an eighth
+        (20, (159, 160), (40, 80)),
+        (20, (100, 80), (40, 80)),
+        (20, (60, 54), (60, 120)),
+        (20, (41, 40), (80, 160)),
+        (20, (39, 40), (160, 320)),
+        (20, (10, 10), (160, 320)),
+    ],
+)
+def test_fast_decoding_takes_the_least_scale_at_which_no_crop_is_smaller_than_its_view(size, window, expected):
+    def draw_views(height, width):
+        assert (height, width) == (160, 320)
+        return [ViewParams(window=(0.0, 0.0, *map(float, window))), ViewParams(window=(0.0, 0.0, 160.0, 160.0))]
+
+    views = [weak_view(size), weak_view(20)]
+    pixels, scaled = decode_for_views(photo(160, 320), 10**6, views, draw_views)
+    assert pixels.shape == (*expected, 3)
+    scale = expected[0] / 160
+    assert [p.window[:2] for p in scaled] == [(0, 0), (0, 0)]
+    assert [p.window[2:] for p in scaled] == [(window[0] * scale, window[1] * scale), (160 * scale, 160 * scale)]
+
+
+def test_fast_decoding_finds_the_same_pictures_bad():
+    whole = photo(160, 320)
+    draw_views = lambda height, width: [ViewParams(window=(0.0, 0.0, float(height), float(width)))]  # noqa: E731
+    with pytest.raises(BadSampleError, match="corrupt"):
+        decode_for_views(whole[:-400], 10**6, [weak_view(8)], draw_views)
+    with pytest.raises(BadSampleError, match="pixel limit"):
+        decode_for_views(whole, 160 * 320 - 1, [weak_view(8)], draw_views)
+
+
+def test_scaled_windows_reach_the_last_pixels_of_odd_pictures(tmp_path):
+    view = ImageAugmentConfig(weak=replace(weak_view(16), scale=(1.0, 1.0), ratio=(1.0, 1.0)))
+    write_members(tmp_path / "s.tar", {str(n): {"jpg": photo(n, n, n), "txt": b"x"} for n in range(129, 145)})
+    data = DataConfig(train=(f"{tmp_path}/s.tar",), batch_size=16)
+    with opened(data, image=view) as exact, opened(replace(data, quality="fast"), image=view) as fast:
+        difference = next(iter(exact)).images[0].int() - next(iter(fast)).images[0].int()
+    assert difference.abs().float().mean() < 1.5
+    assert difference.abs().max() <= 12
+
+
+def test_trimmed_margins_are_found_in_whole_pictures_in_fast_quality_too(tmp_path):
+    canvas = np.full((120, 120, 3), 255, np.uint8)
+    canvas[30:90, 5:85] = colours(60, 80)
+    write_members(tmp_path / "s.tar", {"a": {"jpg": encoded(canvas, "JPEG", quality=95), "txt": b"x"}})
+    data = DataConfig(train=(f"{tmp_path}/s.tar",), batch_size=1, trim_margins=True)
+    with opened(data) as exact, opened(replace(data, quality="fast")) as fast:
+        assert_same(next(iter(exact)), next(iter(fast)))
+
+
+@pytest.mark.parametrize("bad", bad_samples())
+def test_strict_stops_at_a_bad_sample_and_names_reason_shard_and_key(tmp_path, bad):
+    members, reason = bad_samples()[bad]
+    good = {"png": encoded(colours()), "txt": b"good"}
+    write_members(tmp_path / "first.tar", {f"a{i}": good for i in range(3)})
+    write_members(tmp_path / "second.tar", {"b0": good, bad: members, "b1": good})
+    data = DataConfig(train=(f"{tmp_path}/*.tar",), batch_size=2, drop_last=False, pixel_limit=5000, strict=True)
+    with pytest.raises(Failed, match=rf"{bad} of .*/second\.tar cannot be used: {reason}"), opened(data) as loader:
+        list(loader)
+    assert not loader_threads()
+    with opened(replace(data, train=(f"{tmp_path}/first.tar",))) as loader:
+        assert len(list(loader)) == 2
+
+
+def test_strict_names_rows_and_pictures_too(tmp_path):
+    (tmp_path / "good.png").write_bytes(encoded(colours()))
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG")
+    (tmp_path / "a.csv").write_text("filepath,caption\ngood.png,one\nmissing.png,two\n")
+    (tmp_path / "b.csv").write_text("filepath,caption\ngood.png,one\nbad.png,two\n")
+    for name, expected in (("a", "00000001 of .*a.csv.*no image"), ("b", "b/00000001 of .*b.csv.*corrupt image")):
+        data = DataConfig(train=(f"{tmp_path}/{name}.csv",), batch_size=1, strict=True)
+        with pytest.raises(Failed, match=expected), opened(data) as loader:
+            list(loader)
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cpu", False), ("cuda", True)])
+def test_images_are_made_in_pinned_memory_for_cuda_and_copied_without_waiting(data, monkeypatch, device, pinned):
+    asked, copied, empty = [], [], torch.empty
+
+    def watched(*size, pin_memory=False, **options):
+        asked.append(pin_memory)
+        return empty(*size, **options)  # there may be no CUDA here to pin for
+
+    monkeypatch.setattr(torch, "empty", watched)
+    parts = {"image": VIEWS, "text": None, "tokenizer": TOKENIZER, "seed": 5}
+    loader, choice = open_loader(replace(data, backend="cpu"), **parts, device=torch.device(device))
+    batch = next(iter(loader))
+    loader.close()
+    assert choice.name == "cpu"
+    assert set(asked) == {pinned}
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda self, place, non_blocking=False: copied.append((self.shape, non_blocking)) or self
+    )
+    batch.to("cuda")
+    assert {image.shape for image in batch.images} <= {shape for shape, _ in copied}
+    assert all(non_blocking for _, non_blocking in copied)
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_20000_batches(tmp_path, write_shard):
+    statm = Path("/proc/self/statm")
+    if not statm.is_file():
+        pytest.skip("no /proc here")
+    write_shard(tmp_path / "s.tar", 2000, 0)
+    data = DataConfig(train=(f"{tmp_path}/s.tar",), batch_size=2)
+    view = ImageAugmentConfig(weak=weak_view(8))
+    resident, batches = {}, 0
+    with opened(data, image=view) as loader:
+        for epoch in range(24):
+            loader.set_epoch(epoch)
+            batches += sum(1 for _ in loader)
+            resident[batches] = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    assert batches == 24_000
+    assert resident[24_000] - resident[4_000] < 4 << 20, resident  # a kilobyte a batch would be 20 MiB

@@ -389,6 +389,7 @@ def test_memory_stays_flat(data):
 @pytest.mark.parametrize(
     ("option", "change"),
     [
+        ("data.quality", {"quality": "fast"}),
         ("data.trim_margins", {"trim_margins": True}),
         ("image.weak.rotate_degrees", replace(weak_view(8), rotate_degrees=10.0)),
         ("image.weak.shear_degrees", replace(weak_view(8), shear_degrees=10.0)),

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -35,6 +37,58 @@ def test_mlp_head_h():
     names = ["fc1:Linear", "bn1:BatchNorm1d", "relu1:ReLU", "fc2:Linear", "bn2:BatchNorm1d", "relu2:ReLU", "fc3:Linear"]
     assert layers(head) == names
     assert head(torch.randn(3, 6)).shape == (3, 4)
+
+
+def heads_of_every_kind() -> list[MLPHead]:
+    return [
+        MLPHead(6, 5, 7, 4),
+        MLPHead(6, 5, 4, bias=False, last_bias=False, last_norm="plain"),
+        MLPHead(6, 5, 5, 4, last_norm="affine"),
+        MLPHead(6, 4, last_norm="plain"),
+        MLPHead(6, 5, 4, bias=False),
+        MLPHead(6, 4),
+    ]
+
+
+@pytest.mark.parametrize("index", range(len(heads_of_every_kind())))
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_working_together_layers_do_what_they_do_in_a_row(index, momentum):
+    """Two steps of training, then evaluation: outputs, gradients, and every entry of the state."""
+    head = heads_of_every_kind()[index].double()
+    for name, parameter in head.named_parameters():
+        if name.startswith("bn"):
+            nn.init.normal_(parameter)
+    for module in head.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.momentum = momentum
+    row = nn.Sequential(*copy.deepcopy(list(head)))
+    for _ in range(2):
+        x = torch.randn(9, 6, dtype=torch.float64)
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        outputs = [model(each) for model, each in zip((head, row), inputs, strict=True)]
+        torch.testing.assert_close(*outputs)
+        for output in outputs:
+            output.square().sum().backward()
+        torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+    state = dict(zip(head.state_dict(), row.state_dict().values(), strict=True))
+    torch.testing.assert_close(head.state_dict(), state, check_dtype=True)
+    for (name, mine), other in zip(head.named_parameters(), row.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, msg=lambda m, n=name: f"{n}: {m}")
+    torch.testing.assert_close(head.eval()(x), row.eval()(x))
+
+
+def test_frozen_and_converted_norms_are_respected():
+    head = MLPHead(6, 5, 4).double()
+    nn.init.uniform_(head.bn1.running_mean)
+    head.bn1.eval()
+    x, before = torch.randn(3, 6, dtype=torch.float64), head.bn1.running_mean.clone()
+    torch.testing.assert_close(head(x), nn.Sequential(*head)(x))
+    assert head.bn1.running_mean.equal(before)
+    head.train()
+    expected = head(x)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(head)
+    assert isinstance(converted.bn1, nn.SyncBatchNorm)
+    assert converted(x).equal(expected)  # in a world of one, and on the CPU
 
 
 def test_siamlip_heads_as_the_recipe_has_them():
