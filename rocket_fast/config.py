@@ -63,6 +63,8 @@ class LoopConfig:
     """Epochs between zero-shot evaluations (the best score keeps best.pt); 0 evaluates at the end only."""
     weight_average: float | None = None
     """Decay per step of an exponential moving average of the weights, used for evaluation; None keeps none."""
+    hang_timeout_s: float = 3600.0
+    """Seconds without a step after which a process writes where all its threads are to stderr and ends; 0 waits on."""
     track: tuple[Tracker, ...] = ()
     """Where records go beside metrics.jsonl: tensorboard, wandb (the extra `track`)."""
     profile: str | None = None
@@ -83,6 +85,7 @@ class LoopConfig:
         require(self.checkpoint_every >= 1, "loop.checkpoint_every", self.checkpoint_every, "a number >= 1")
         require(self.keep_checkpoints >= 1, "loop.keep_checkpoints", self.keep_checkpoints, "a number >= 1")
         require(self.eval_every_epochs >= 0, "loop.eval_every_epochs", self.eval_every_epochs, "a number >= 0")
+        require(self.hang_timeout_s >= 0, "loop.hang_timeout_s", self.hang_timeout_s, "a number >= 0")
         decay = self.weight_average
         require(decay is None or 0 < decay < 1, "loop.weight_average", decay, "a number between 0 and 1, or None")
         trackers = get_args(Tracker)

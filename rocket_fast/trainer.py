@@ -7,6 +7,7 @@ from any checkpoint continues bit for bit, and the device is asked for numbers o
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import math
 import os
@@ -62,6 +63,7 @@ FREE_FIELDS = (
     "loop.log_every",
     "loop.checkpoint_every",
     "loop.keep_checkpoints",
+    "loop.hang_timeout_s",
     "loop.track",
     "loop.profile",
 )
@@ -184,7 +186,14 @@ class Trainer:
     def _run_epoch(self, last: int, stop: _StopRequest, bar: TrainingBar) -> None:
         """The rest of the current epoch, up to step ``last``."""
         watch = Stopwatch()
+        with _watchdog(self.config.loop.hang_timeout_s) as still_alive:
+            self._run_steps(last, stop, bar, watch, still_alive)
+
+    def _run_steps(
+        self, last: int, stop: _StopRequest, bar: TrainingBar, watch: Stopwatch, still_alive: Callable[[], None]
+    ) -> None:
         for batch, waited in _timed(self.loader):
+            still_alive()
             self.profile.before(self.step + 1)
             try:
                 output = self.train_step(batch)
@@ -584,6 +593,24 @@ def _stop_requests() -> Iterator[_StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _watchdog(seconds: float) -> Iterator[Callable[[], None]]:
+    """What is given has to be called more often than every so many seconds; else all stacks are written, and an end.
+
+    A rank that waits for one which hangs ends likewise; torchrun then ends the others.
+    """
+
+    def still_alive() -> None:
+        if seconds:
+            faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+
+    still_alive()
+    try:
+        yield still_alive
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _agree_to_stop(stop: _StopRequest) -> bool:

@@ -476,6 +476,46 @@ def test_out_of_memory_says_what_would_fit(tiny_config: TrainConfig, name: str, 
         train(tiny_config)
 
 
+FAULT = """
+import json, os, sys, time
+from rocket_fast.config import from_plain
+from rocket_fast.trainer import Trainer, train
+
+step = Trainer.train_step
+
+def faulty(self, batch):
+    if self.step == 3 and os.environ["RANK"] == "1":
+        if sys.argv[2] == "dies":
+            raise RuntimeError("a loose cable")
+        while True:
+            time.sleep(1)
+    return step(self, batch)
+
+Trainer.train_step = faulty
+train(from_plain(json.load(open(sys.argv[1]))))
+"""
+
+
+@pytest.mark.system
+@pytest.mark.parametrize(
+    ("fault", "traces"), [("dies", ["RuntimeError: a loose cable"]), ("hangs", ["Timeout (0:00:15)!", "in faulty"])]
+)
+def test_a_rank_that_fails_ends_all(tiny_config: TrainConfig, tmp_path: Path, fault: str, traces: list[str]):
+    """Within a minute, saying where; what was saved can be continued."""
+    loop = replace(tiny_config.loop, hang_timeout_s=15.0, checkpoint_every=2)
+    config = replace(tiny_config, loop=loop, eval=EvalConfig())
+    description, script = tmp_path / "run.json", tmp_path / "fault.py"
+    script.write_text(FAULT)
+    description.write_text(json.dumps(to_plain(config)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script), str(description)]
+    done = subprocess.run([*launch, fault], capture_output=True, text=True, timeout=90)
+    assert done.returncode != 0
+    for trace in traces:
+        assert trace in done.stderr
+    assert train(config).step == 12
+    assert [r["step"] for r in records(config) if "loss" in r] == list(range(1, 13))
+
+
 @pytest.mark.system
 def test_two_processes_train_as_one_and_resume(tiny_config: TrainConfig, tmp_path: Path):
     """Head h's batch norm is synchronised. Without the tower's and dropout, which are not, two ranks equal one."""
