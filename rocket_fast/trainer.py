@@ -604,7 +604,7 @@ def _watchdog(seconds: float) -> Iterator[Callable[[], None]]:
 
     def still_alive() -> None:
         if seconds:
-            faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
 
     still_alive()
     try:
