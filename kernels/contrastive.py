@@ -11,6 +11,7 @@ of size N x M, and both repeat to the bit.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Any, NoReturn, get_args
 
@@ -349,7 +350,8 @@ def side_by_side(views: Sequence[Tensor]) -> Tensor:
 
 def workspace_bytes(workspace_mib: float) -> int:
     """The scratch memory's size. Very little makes tiny tiles, and many of them."""
-    require(0 < workspace_mib < float("inf"), "workspace_mib", workspace_mib, "a finite number of MiB > 0")
+    number = isinstance(workspace_mib, numbers.Real)
+    require(number and 0 < workspace_mib < float("inf"), "workspace_mib", workspace_mib, "a finite number of MiB > 0")
     return max(1, int(workspace_mib * 2**20))
 
 

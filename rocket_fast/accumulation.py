@@ -122,6 +122,7 @@ def _loss_and_gradients(
     require(isinstance(total, Tensor), "objective", type(output), "a loss, or a dataclass with one as its total")
     assert isinstance(total, Tensor)
     require(total.numel() == 1, "objective", f"a loss of shape {tuple(total.shape)}", "one number")
+    require(total.requires_grad, "objective", "a loss without a graph", "one that depends on the embeddings")
     if averaged is not None:
         _require_none_of(averaged, total)
     total.backward()  # parameters that the objective itself uses get theirs here

@@ -170,8 +170,7 @@ def _dispatch_launch(arguments: list[str]) -> None:
             nproc: Processes; by default one for each GPU.
             restarts: How often to start all again, from the last checkpoint, after one failed.
         """
-        config()
-        launch_local(command[1:], nproc=nproc, restarts=restarts)
+        launch_local(command[1:], config(), nproc=nproc, restarts=restarts)
 
     def slurm(job: Annotated[SlurmConfig, tyro.conf.arg(name="")] = SlurmConfig()) -> None:  # noqa: B008 - frozen
         """Train as a SLURM job, one process for each GPU: `rocket-fast launch slurm --nodes 2 -- train --preset ...`.

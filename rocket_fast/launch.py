@@ -25,8 +25,13 @@ from rocket_fast.files import write_atomically
 # --- this machine -----------------------------------------------------------------------------------------------------
 
 
-def launch_local(arguments: Sequence[str], *, nproc: int | None, restarts: int) -> None:
-    """Run ``rocket-fast train ARGUMENTS`` in ``nproc`` processes; ``Failed`` if one of them fails.
+def _require_divisible(train: TrainConfig, processes: int) -> None:
+    expected = f"a multiple of the number of processes, {processes}"
+    require(train.data.batch_size % processes == 0, "data.batch_size", train.data.batch_size, expected)
+
+
+def launch_local(arguments: Sequence[str], train: TrainConfig, *, nproc: int | None, restarts: int) -> None:
+    """Run ``rocket-fast train ARGUMENTS``, which is ``train``, in ``nproc`` processes; ``Failed`` if one of them fails.
 
     None takes one a GPU, or one where there is none. After a failure all processes start again, up to ``restarts``
     times, from the last checkpoint. A signal to stop is passed on, and the run saves.
@@ -34,6 +39,7 @@ def launch_local(arguments: Sequence[str], *, nproc: int | None, restarts: int) 
     nproc = max(1, torch.cuda.device_count()) if nproc is None else nproc
     require(nproc >= 1, "nproc", nproc, "a number >= 1")
     require(restarts >= 0, "restarts", restarts, "a number >= 0")
+    _require_divisible(train, nproc)
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -44,9 +50,10 @@ def launch_local(arguments: Sequence[str], *, nproc: int | None, restarts: int) 
         run.main([*own, "--module", "rocket_fast", "train", *arguments])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        mistaken = failure.exitcode == 2  # what rocket-fast ends with for a mistake of the person's
+        advice = "" if mistaken else ", and the same command continues from the last checkpoint"
         raise Failed(
-            f"process {rank} of {nproc} ended first, with exit status {failure.exitcode}; what it said is above, and "
-            "the same command continues from the last checkpoint"
+            f"process {rank} of {nproc} ended first, with exit status {failure.exitcode}; what it said is above{advice}"
         ) from error
     except SignalException as stop:
         from rocket_fast.trainer import Interrupted
@@ -131,6 +138,7 @@ def launch_slurm(arguments: Sequence[str], train: TrainConfig, slurm: SlurmConfi
     A dry run writes ``dry-run.sh`` and gives the script. ``Failed`` where there is no SLURM, or it refuses.
     """
     folder = (train.folder / "slurm" if slurm.folder is None else slurm.folder).absolute()
+    _require_divisible(train, slurm.nodes * max(1, slurm.gpus))
     submitit = optional_import("submitit", "slurm")
     if not slurm.dry_run and None in (shutil.which("sbatch"), shutil.which("srun")):
         raise Failed(

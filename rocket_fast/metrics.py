@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -98,6 +100,15 @@ class Stopwatch:
         self._waited += waited
         self._samples += samples
         self._steps += 1
+
+    @contextlib.contextmanager
+    def left_out(self) -> Iterator[None]:
+        """The time that is spent within is not counted."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._start += time.perf_counter() - start
 
     def read(self, parts: dict[str, float] | None = None) -> dict[str, float]:
         """``images_per_s`` and ``data_wait`` (share of the time, 0 to 1) since the last reading; starts anew.

@@ -79,7 +79,10 @@ def run_plan(request: PlanRequest, config: TrainConfig, console: Console) -> Non
         optional_import("matplotlib", "report")  # before anything is counted
     machines = request.machines(config)
     workload = Workload.of(config, tokens=request.tokens)
-    prediction = predict(workload, machines, config.data.batch_size, cores=request.cores)
+    context = config.model.text.context_length
+    require(request.tokens <= context, "tokens", request.tokens, f"at most model.text.context_length = {context}")
+    parts = config.loop.accumulation
+    prediction = predict(workload, machines, config.data.batch_size, accumulation=parts, cores=request.cores)
     if not prediction.fits:  # as configured; then the fastest way that does, if there is one
         prediction = fitting(workload, machines, config.data.batch_size, cores=request.cores) or prediction
     console.print(_step_table(config, prediction))

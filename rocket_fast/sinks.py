@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rocket_fast.config import Tracker, TrainConfig, to_plain
-from rocket_fast.errors import MissingExtra, installed, optional_import
+from rocket_fast.errors import Failed, MissingExtra, installed, optional_import
 from rocket_fast.files import write_atomically
 from rocket_fast.metrics import JsonlLog
 
@@ -72,14 +72,17 @@ class WandbSink:
 
     def __init__(self, config: TrainConfig) -> None:
         wandb = optional_import("wandb", "track")
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "rocket-fast"),
-            name=config.name,
-            id=_kept_id(config.folder / "wandb-id.txt"),
-            resume="allow",
-            dir=str(config.folder),
-            config=to_plain(config),
-        )
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "rocket-fast"),
+                name=config.name,
+                id=_kept_id(config.folder / "wandb-id.txt"),
+                resume="allow",
+                dir=str(config.folder),
+                config=to_plain(config),
+            )
+        except wandb.Error as error:  # no login, no network
+            raise Failed(f"wandb: {error} (WANDB_MODE=offline needs neither login nor network)") from error
 
     def write(self, record: dict[str, Any]) -> None:
         """Every number of the record. W&B keeps the first of a step that was done again after a kill."""

@@ -124,6 +124,9 @@ class Trainer:
         _check_folder(config, self.checkpoints, resume=resume)
         torch.manual_seed(config.seed)
         self.tokenizer = Tokenizer(context_length=config.model.text.context_length)
+        own, parts = config.data.batch_size // world_size(), config.loop.accumulation
+        expected = f"1, or at most {own // 2}: a process has {own} samples, and a micro-batch needs two"
+        require(parts == 1 or 2 * parts <= own, "loop.accumulation", parts, expected)
         self.loader, self.loading = open_loader(
             config.data,
             config.image,
@@ -194,12 +197,14 @@ class Trainer:
     ) -> None:
         for batch, waited in _timed(self.loader):
             still_alive()
-            self.profile.before(self.step + 1)
+            with watch.left_out():
+                self.profile.before(self.step + 1)
             try:
                 output = self.train_step(batch)
             except torch.OutOfMemoryError as error:
                 raise Failed(self._out_of_memory()) from error
-            self.profile.after(self.step)
+            with watch.left_out():
+                self.profile.after(self.step)
             watch.add(waited=waited, samples=len(batch) * world_size())
             bar.advance()
             stopping = _agree_to_stop(stop)

@@ -265,6 +265,8 @@ def test_what_cannot_train_is_refused() -> None:
         step(lambda part: {"image": tower(part), "text": "a dog"})
     with pytest.raises(ValueError, match=r"objective: got <class 'float'>, expected a loss"):
         step(objective=lambda whole: clip_loss(*whole, 1.0).item())
+    with pytest.raises(ValueError, match=r"objective: got 'a loss without a graph'"):
+        step(objective=lambda whole: torch.tensor(1.0))
     with pytest.raises(ValueError, match=r"objective: got 'a loss of shape \(4,\)', expected one number"):
         step(objective=lambda whole: whole[0].sum(1))
 

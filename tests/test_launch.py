@@ -75,6 +75,10 @@ def test_mistakes_are_found_before_anything_is_started(how: list[str], place: Pa
     for rest, message in (
         ([], "launch, behind --: got 'nothing', expected train and its options"),
         (["--", "eval", "runs/demo"], "launch, behind --: got 'eval', expected train and its options"),
+        (
+            ["--", "train", "--preset", "debug", "--data.batch-size", "15"],
+            f"data.batch_size: got 15, expected a multiple of the number of processes, {2 if how[0] == 'local' else 8}",
+        ),
         (["--", "train", "--preset", "debgu"], "preset: got 'debgu', expected debug"),
     ):
         assert main(["launch", *how, *rest]) == 2

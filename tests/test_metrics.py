@@ -166,3 +166,15 @@ def test_mfu_is_the_part_of_the_peak_that_the_model_uses(tiny_config: TrainConfi
     trainer.train(replace(tiny_config, loop=replace(tiny_config.loop, max_steps=2), eval=EvalConfig()))
     record = json.loads((tiny_config.folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert record["mfu"] == pytest.approx(record["images_per_s"] * cost(tiny_config).training_flops / 1e12)
+
+
+def test_what_is_left_out_is_nobodys_time(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    watch = Stopwatch()
+    watch.add(waited=0.0, samples=8)
+    now = 2.0
+    with watch.left_out():
+        now = 7.0
+    figures = watch.read({"forward": 1.5})
+    assert (figures["images_per_s"], figures["step_s"], figures["other_s"]) == (4.0, 2.0, 0.5)

@@ -438,6 +438,13 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tiny_config: TrainConfig
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
+def test_more_micro_batches_than_samples_allow_are_refused_at_once(tiny_config: TrainConfig):
+    config = replace(tiny_config, loop=replace(tiny_config.loop, accumulation=9))
+    with pytest.raises(ValueError, match=r"loop\.accumulation: got 9, expected 1, or at most 8: a process has 16"):
+        train(config)
+    assert not config.folder.exists()
+
+
 @pytest.mark.parametrize("norm", [False, True], ids=["no batch norm", "batch norm"])
 def test_micro_batches_train_as_the_whole_batch(tiny_config: TrainConfig, norm: bool):
     """To rounding without dropout and batch norm; with batch norm it is another normalisation, and training goes on."""
