@@ -127,7 +127,8 @@ def _gram_rows(sides: _Sides, samples: int, workspace: int) -> int:
 def _room_for_gradients(x_NP: Tensor, need_grad: bool) -> tuple[Tensor, Tensor] | None:
     if not need_grad:
         return None
-    return torch.zeros_like(x_NP, dtype=compute_dtype(x_NP)), torch.zeros_like(x_NP, dtype=compute_dtype(x_NP))
+    d_x_NP, d_y_NP = (x_NP.new_zeros(x_NP.shape, dtype=compute_dtype(x_NP)) for _ in range(2))
+    return d_x_NP, d_y_NP
 
 
 def _finish(

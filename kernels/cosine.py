@@ -68,7 +68,7 @@ def _torch_forward(prediction_SVNP: Tensor, target_SVNP: Tensor) -> tuple[Tensor
 def _torch_backward(
     d_loss: Tensor, prediction_SVNP: Tensor, target_SVNP: Tensor, norm_p_SVN: Tensor, norm_t_SVN: Tensor
 ) -> Tensor:
-    out_SVNP = torch.empty_like(prediction_SVNP)
+    out_SVNP = torch.empty_like(prediction_SVNP, memory_format=torch.contiguous_format)
     factor = d_loss * (-2 * pair_weight(prediction_SVNP.shape))
     for at in _blocks(prediction_SVNP):
         norm_SKR1 = norm_p_SVN[at][..., None]

@@ -119,7 +119,8 @@ def _loss_and_gradients(
     ]
     output = objective(_with_tensors(embedded[0], iter(leaves)))
     total = output if isinstance(output, Tensor) else getattr(output, "total", None)
-    require(isinstance(total, Tensor), "objective", type(output), "a loss, or a dataclass with one as its total")
+    fits = isinstance(total, Tensor) and (total is output or dataclasses.is_dataclass(output))
+    require(fits, "objective", type(output), "a loss, or a dataclass with one as its total")
     assert isinstance(total, Tensor)
     require(total.numel() == 1, "objective", f"a loss of shape {tuple(total.shape)}", "one number")
     require(total.requires_grad, "objective", "a loss without a graph", "one that depends on the embeddings")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -59,9 +60,9 @@ class PackedText:
         at_BL = (start_B[:, None] + column_L).clamp(max=self.tokens.shape[0] - 1)
         return self.tokens[at_BL].masked_fill(column_L >= self.lengths[:, None], 0)
 
-    def split(self, size: int) -> tuple[PackedText, ...]:
-        """Parts of ``size`` captions, the last of what is left; on the host, which has to know the lengths."""
-        parts = self.lengths.split(size)
+    def split(self, sizes: Sequence[int]) -> tuple[PackedText, ...]:
+        """Parts of so many captions; on the host, which has to know the lengths."""
+        parts = self.lengths.split(list(sizes))
         tokens = self.tokens.split([int(part.sum()) for part in parts])
         return tuple(
             PackedText(tokens=own, lengths=part, longest=int(part.max()))
@@ -94,20 +95,21 @@ class Batch:
     def __len__(self) -> int:
         return self.valid.shape[0]
 
-    def split(self, size: int) -> tuple[Batch, ...]:
-        """Parts of ``size`` samples, the last of what is left."""
-        images = zip(*(view.split(size) for view in self.images), strict=True)
-        texts = zip(*(view.split(size) for view in self.texts), strict=True)
-        starts = range(0, len(self), size)
+    def split(self, parts: int) -> tuple[Batch, ...]:
+        """So many parts, whose sizes differ by one at most."""
+        ends = [len(self) * part // parts for part in range(parts + 1)]
+        sizes = [end - start for start, end in pairwise(ends)]
+        images = zip(*(view.split(sizes) for view in self.images), strict=True)
+        texts = zip(*(view.split(sizes) for view in self.texts), strict=True)
         return tuple(
             Batch(
                 images=of_images,
                 texts=of_texts,
-                keys=self.keys[start : start + size],
-                valid=self.valid[start : start + size],
-                captions=None if self.captions is None else self.captions[start : start + size],
+                keys=self.keys[start:end],
+                valid=self.valid[start:end],
+                captions=None if self.captions is None else self.captions[start:end],
             )
-            for start, of_images, of_texts in zip(starts, images, texts, strict=True)
+            for (start, end), of_images, of_texts in zip(pairwise(ends), images, texts, strict=True)
         )
 
     def to(self, device: torch.device | str) -> Batch:

@@ -64,7 +64,8 @@ class LoopConfig:
     weight_average: float | None = None
     """Decay per step of an exponential moving average of the weights, used for evaluation; None keeps none."""
     hang_timeout_s: float = 3600.0
-    """Seconds without a step after which a process writes where all its threads are to stderr and ends; 0 waits on."""
+    """Seconds from a step to the next, more than a checkpoint takes to write, after which a process writes to stderr
+    where all its threads are, and ends; 0 waits on."""
     track: tuple[Tracker, ...] = ()
     """Where records go beside metrics.jsonl: tensorboard, wandb (the extra `track`)."""
     profile: str | None = None

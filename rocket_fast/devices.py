@@ -83,7 +83,7 @@ def known_device(name: str) -> Device:
 def card_named(name: str, memory: float) -> Device | None:
     """The device whose driver calls it ``name`` ("NVIDIA H100 80GB HBM3") and says it has so many bytes, if known."""
     words = re.split("[ -]", name.lower())
-    if "mig" in words:  # a part of a card
+    if {"mig", "laptop", "d"} & set(words) or {"h200", "nvl"} <= set(words):  # parts of cards, and smaller ones
         return None
     if "h100" in words:
         return DEVICES[next((f"h100-{kind}" for kind in ("pcie", "nvl") if kind in words), "h100")]

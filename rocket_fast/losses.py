@@ -43,7 +43,8 @@ class LossConfig:
     """How several processes share the work, loss and gradients being the same: all_gather sends all embeddings to all,
     one_sided the texts only, half the bytes and 1/processes of the products; auto takes it for large batches."""
     gather_grad: bool = True
-    """Whether gradients cross processes, as in one process with all samples; False drops them, as the original does."""
+    """Whether the contrastive loss's gradients cross processes, as in one process with all samples; False drops them,
+    as the original does. Companions' always do."""
 
     def __post_init__(self) -> None:
         require(0 <= self.label_smoothing < 1, "loss.label_smoothing", self.label_smoothing, "a number in [0, 1)")
@@ -160,8 +161,11 @@ def _companion_loss(config: CompanionConfig) -> CompanionLoss:
 
 def _siamlip(embeddings: Embeddings, ranks: AllRanks) -> tuple[Tensor, dict[str, Tensor]]:
     heads = _outputs(embeddings)
-    own = siamlip_loss(heads.image_p, heads.text_p, heads.image_v, heads.text_v)
-    loss = mean_over_ranks(own, ranks.own)  # no sample's cost depends on another
+    outputs = heads.image_p, heads.text_p, heads.image_v, heads.text_v
+    if min(ranks.counts) == 0:  # there is no mean of no samples
+        loss = siamlip_loss(*ranks.gather(*outputs))
+    else:
+        loss = mean_over_ranks(siamlip_loss(*outputs), ranks.own)  # no sample's cost depends on another
     return loss, {"siamlip_loss": loss}
 
 

@@ -45,10 +45,10 @@ def barlip_over_ranks(
 ) -> Tensor:
     """``rocket_fast.kernels.barlip_loss`` of all ranks' samples; every rank must call it."""
     require_weak("image_v", image_v)
-    require_views("image_v", image_v, "text_v", text_v)
     if not _shared(ranks) or 4 * max(ranks.counts) >= 3 * image_v[0].shape[1]:  # there C takes fewer products
         all_image_v, all_text_v = ranks.gather(image_v, text_v)
         return barlip_loss(all_image_v, all_text_v, lambda_=lambda_, scale=scale, workspace_mib=WORKSPACE_MIB)
+    require_views("image_v", image_v, "text_v", text_v)
     everyone = gather_together([view.detach() for view in (*image_v, *text_v)], ranks.counts)
     workspace = workspace_bytes(WORKSPACE_MIB)
 
@@ -75,13 +75,13 @@ def swalip_over_ranks(
 ) -> Tensor:
     """``rocket_fast.kernels.swalip_loss`` of all ranks' samples; every rank must call it."""
     require(len(image_h) >= 2, "len(image_h)", len(image_h), "at least 2 strong views")
-    require_views("image_h", image_h, "text_h", text_h)
     require_scalar("h_logit_scale", h_logit_scale, image_h[0].device)
     require_sinkhorn(epsilon, iterations)
     options: dict[str, Any] = {"epsilon": epsilon, "iterations": iterations}
     if not _shared(ranks):
         images, texts = ranks.gather(image_h, text_h)
         return swalip_loss(images, texts, h_logit_scale, workspace_mib=WORKSPACE_MIB, **options)
+    require_views("image_h", image_h, "text_h", text_h)
     (all_text_h,) = ranks.gather(text_h)
     inputs = side_by_side(image_h), side_by_side(all_text_h), as_number(h_logit_scale, image_h[0])
     needed = wanted(*inputs)
@@ -109,13 +109,13 @@ def swalip_prototypes_over_ranks(
 ) -> Tensor:
     """``rocket_fast.kernels.swalip_prototypes_loss`` of all ranks' samples; every rank must call it."""
     require_weak("image_p", image_p)
-    require_views("image_p", image_p, "text_p", text_p)
     require_scalar("logit_scale", logit_scale, image_p[0].device)
     require_sinkhorn(epsilon, iterations)
     options: dict[str, Any] = {"epsilon": epsilon, "iterations": iterations}
     if not _shared(ranks):
         images, texts = ranks.gather(image_p, text_p)
         return swalip_prototypes_loss(images, texts, logit_scale, workspace_mib=WORKSPACE_MIB, **options)
+    require_views("image_p", image_p, "text_p", text_p)
     inputs = side_by_side(image_p), side_by_side(text_p), as_number(logit_scale, image_p[0])
     needed = wanted(*inputs)
     with torch.no_grad():

@@ -196,7 +196,6 @@ class Trainer:
         self, last: int, stop: _StopRequest, bar: TrainingBar, watch: Stopwatch, still_alive: Callable[[], None]
     ) -> None:
         for batch, waited in _timed(self.loader):
-            still_alive()
             with watch.left_out():
                 self.profile.before(self.step + 1)
             try:
@@ -206,6 +205,7 @@ class Trainer:
             with watch.left_out():
                 self.profile.after(self.step)
             watch.add(waited=waited, samples=len(batch) * world_size())
+            still_alive()  # not before an epoch's first step, in which ranks wait for the main one's evaluation
             bar.advance()
             stopping = _agree_to_stop(stop)
             saving = self.step % self.config.loop.checkpoint_every == 0
@@ -234,7 +234,7 @@ class Trainer:
             output.total.backward()
         else:
             self.clock.mark()  # forward and backward take turns: all of it counts as backward
-            micro_batches = batch.split(math.ceil(len(batch) / self.config.loop.accumulation))
+            micro_batches = batch.split(self.config.loop.accumulation)
             output = cached_step(self._embed, micro_batches, self.objective, model=self.parallel)
         self.clock.mark()
         self.model.freeze_gradients(self.step)
@@ -334,9 +334,11 @@ class Trainer:
         """Note the score of this step's weights, and keep them in best.pt if no earlier ones were better."""
         if self.log is not None:
             self.log.write({"step": self.step, "zero_shot_top1": top1, "set": self.config.eval.sets[0].name})
-        improved = top1 > self.best_top1
-        self.best_top1, self.measured_step = max(self.best_top1, top1), self.step
-        self.save(best=improved)
+        before, improved = self.best_top1, top1 > self.best_top1
+        self.best_top1, self.measured_step = max(before, top1), self.step
+        self.save(best=improved, needed=self.step == self.total_steps)
+        if is_main() and self.saved_step != self.step:
+            self.best_top1 = before  # best.pt is still the one before
 
     @property
     def evaluated_model(self) -> DualEncoder:
@@ -611,7 +613,6 @@ def _watchdog(seconds: float) -> Iterator[Callable[[], None]]:
         if seconds:
             faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
 
-    still_alive()
     try:
         yield still_alive
     finally:

@@ -158,6 +158,9 @@ class LinearHead(nn.Linear):
         nn.init.normal_(self.weight, std=self.in_features**-0.5)
 
 
+_FUSED = (nn.Linear, nn.BatchNorm1d, nn.SyncBatchNorm, nn.ReLU)  # not what was put in their place, adapters say
+
+
 class MLPHead(nn.Sequential):
     """Linear layers ``fc1 ... fcN`` of the given widths with batch norm and ReLU between, initialised as torch does.
 
@@ -193,7 +196,7 @@ class MLPHead(nn.Sequential):
         """(B, first width) to (B, last width)."""
         linear, *following = (layer for layer in self if isinstance(layer, nn.Linear))
         norms = [layer for layer in self if isinstance(layer, _BatchNorm)]
-        if not self.training or not norms:
+        if not self.training or not norms or not all(type(layer) in _FUSED for layer in self):
             return super().forward(features_BD)
         x_BC = F.linear(features_BD, linear.weight)  # the norm takes the bias
         for norm, after in zip(norms, following, strict=False):

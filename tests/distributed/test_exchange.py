@@ -206,6 +206,8 @@ def without_samples(sizes: tuple[int, ...]) -> dict[str, Any]:
     image, text = own_part(everyone, sizes, dim=1)
     own = Embeddings(image_z=image, text_z=text, logit_scale=torch.tensor(3.0, dtype=torch.float64))
     results = {f"empty {scheme}": build_loss(LossConfig(exchange=scheme), None)(own).total for scheme in EXCHANGES}
+    embedded = Towers(torch.float64)(own_part(samples(sum(sizes), torch.float64), sizes, dim=1))
+    results |= {f"empty {name}": objective(embedded).total.detach() for name, objective in objectives("auto").items()}
     refused = (
         lambda: build_loss(LossConfig(gather_grad=False), None)(own),
         lambda: siglip_loss_over_ranks(image, text, 3.0, -2.0),
@@ -464,6 +466,9 @@ def test_a_rank_without_samples(ranks: list[dict[str, Any]]) -> None:
     for result in ranks[:2]:
         for scheme in EXCHANGES:
             torch.testing.assert_close(result["without samples"][f"empty {scheme}"], expected, rtol=1e-12, atol=0)
+        for name, objective in objectives("auto").items():
+            total = objective(Towers(torch.float64)(samples(4, torch.float64))).total.detach()
+            torch.testing.assert_close(result["without samples"][f"empty {name}"], total, rtol=1e-12, atol=0)
 
 
 @pytest.mark.system
