@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rocket_fast.errors import optional_import
+from rocket_fast.kernels.cosine import pair_weight
 from rocket_fast.kernels.launch import launch as _launch
 from rocket_fast.kernels.launch import on_device_of as _on
 
@@ -114,11 +115,6 @@ def _cosine_backward_kernel(
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
-def _weight(shape: torch.Size) -> float:
-    sides, views, samples, _ = shape
-    return -2 / (sides * (1 + (views - 1) ** 2) * samples)
-
-
 def _layout(shape: torch.Size) -> tuple[tuple[int, int], dict[str, int], tuple[int, int, int, int, int]]:
     """Grid; options; the kernels' last arguments: N, P, views, rows and columns of a program."""
     sides, views, samples, features = shape
@@ -136,7 +132,7 @@ def cosine_forward(prediction_SVNP: Tensor, target_SVNP: Tensor) -> tuple[Tensor
     parts = p_SVNP.new_empty(grid[1] * grid[0], dtype=torch.float32)
     with _on(p_SVNP):
         _launch(_cosine_forward_kernel, grid, p_SVNP, t_SVNP, norm_p_SVN, norm_t_SVN, parts, *layout, **options)
-    loss = 2 + _weight(p_SVNP.shape) * parts.sum(dtype=torch.float64)
+    loss = 2 - 2 * pair_weight(p_SVNP.shape) * parts.sum(dtype=torch.float64)
     return loss.to(torch.float32), norm_p_SVN, norm_t_SVN
 
 
@@ -146,7 +142,7 @@ def cosine_backward(
     """As in cosine.py."""
     p_SVNP, t_SVNP = prediction_SVNP.contiguous(), target_SVNP.contiguous()
     grid, options, layout = _layout(p_SVNP.shape)
-    out_SVNP, weight = torch.empty_like(p_SVNP), _weight(p_SVNP.shape)
+    out_SVNP, weight = torch.empty_like(p_SVNP), -2 * pair_weight(p_SVNP.shape)
     inputs = (d_loss, p_SVNP, t_SVNP, norm_p_SVN, norm_t_SVN)
     with _on(p_SVNP):
         _launch(_cosine_backward_kernel, grid, *inputs, out_SVNP, weight, *layout, **options)
