@@ -68,6 +68,19 @@ def test_the_loss_falls_in_fifty_steps(tiny_config: TrainConfig, name: str) -> N
     assert len(set(own)) > 50, "the companion's loss moves"
 
 
+def test_byolips_averaged_encoder_follows_every_step(tiny_config: TrainConfig) -> None:
+    trainer = Trainer(replace(with_companion(tiny_config, "byolip"), eval=EvalConfig()))
+    own, averaged = trainer.model.visual, trainer.model.momentum.visual
+    expected = [parameter.detach().clone() for parameter in averaged.parameters()]
+    for batch in [*trainer.loader][:3]:
+        trainer.train_step(batch)
+        for mean, new in zip(expected, own.parameters(), strict=True):
+            mean.lerp_(new.detach(), 1 - BYOLIPConfig().momentum)
+    trainer.close()
+    torch.testing.assert_close([*averaged.parameters()], expected, check_stride=False)
+    assert not torch.equal(expected[0], next(own.parameters()))
+
+
 @pytest.mark.parametrize("name", COMPANIONS)
 def test_a_run_continues_bit_for_bit(tiny_config: TrainConfig, name: str) -> None:
     """Averaged encoders, prototypes and batch statistics included."""
