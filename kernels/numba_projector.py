@@ -327,7 +327,7 @@ def normalize(
     """As in projector_passes.py."""
     if not _served(x_NC, out_NC):
         return projector_passes.normalize(x_NC, mean_C, inverse_C, weight_C, bias_C, relu, out_NC)
-    vectors, (x, out) = _numpy(mean_C, *affine(inverse_C, weight_C, bias_C)), _numpy(x_NC, out_NC)
+    vectors, (x, out) = _copies(mean_C, *affine(inverse_C, weight_C, bias_C)), _numpy(x_NC, out_NC)
     kernel = _normalize_16 if x_NC.dtype == torch.bfloat16 else _normalize
     return _by_rows(kernel, x, x, *vectors, relu, out)
 
@@ -344,7 +344,7 @@ def sums(
     """As in projector_passes.py."""
     if not _served(x_NC, d_y_NC):
         return projector_passes.sums(d_y_NC, x_NC, mean_C, inverse_C, weight_C, bias_C, relu)
-    vectors, (d_y, x) = _numpy(mean_C, *affine(inverse_C, weight_C, bias_C)), _numpy(d_y_NC, x_NC)
+    vectors, (d_y, x) = _copies(mean_C, *affine(inverse_C, weight_C, bias_C)), _numpy(d_y_NC, x_NC)
     total_2C = torch.zeros(2, x_NC.shape[1], dtype=torch.float64)
     kernel = _sums_16 if x_NC.dtype == torch.bfloat16 else _sums
     _by_columns(kernel, x, d_y, x, *vectors, relu, total_2C.numpy())
@@ -367,7 +367,7 @@ def input_gradient(
     known = mean_C, inverse_C, weight_C, bias_C, relu
     if not _served(x_NC, d_y_NC, out_NC):
         return projector_passes.input_gradient(d_y_NC, x_NC, *known, means_2C, out_NC)
-    vectors = _numpy(mean_C, *affine(inverse_C, weight_C, bias_C))
+    vectors = _copies(mean_C, *affine(inverse_C, weight_C, bias_C))
     tilt = _numpy(means_2C[0], inverse_C * means_2C[1])
     d_y, x, out = _numpy(d_y_NC, x_NC, out_NC)
     kernel = _input_gradient_16 if x_NC.dtype == torch.bfloat16 else _input_gradient
@@ -384,3 +384,8 @@ def _numpy(*tensors: Tensor) -> list[np.ndarray]:
     """The tensors themselves; of bfloat16 its bits."""
     narrow = torch.bfloat16
     return [(x.detach().view(torch.uint16) if x.dtype == narrow else x.detach()).numpy() for x in tensors]
+
+
+def _copies(*vectors_C: Tensor) -> list[np.ndarray]:
+    """Parameters must not be lent to numpy, which fixes the size of their storage: FSDP frees and refills it."""
+    return _numpy(*(vector.clone() for vector in vectors_C))
