@@ -59,7 +59,7 @@ class Case:
         )
         head = MLPHeadConfig(hidden=512) if self.views > 1 else None
         model = replace(base.model, vision=self.vision, text=self.text, h_head=head)
-        loop = replace(base.loop, compile=False, precision="fp32")
+        loop = replace(base.loop, compile="off", precision="fp32")
         data = replace(base.data, batch_size=self.batch)
         return replace(base, image=image, model=model, loop=loop, data=data)
 

@@ -112,6 +112,10 @@ class Batch:
             for (start, end), of_images, of_texts in zip(pairwise(ends), images, texts, strict=True)
         )
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors of the batch."""
+        return *self.images, *(part for text in self.texts for part in (text.tokens, text.lengths)), self.valid
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         return Batch(

@@ -28,7 +28,9 @@ from rocket_fast.profiling import profile_steps
 from rocket_fast.text_augment import TextAugmentConfig
 from rocket_fast.version import __version__
 
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Compile = Literal["off", "towers", "step"]
+Parallel = Literal["ddp", "fsdp"]
 Tracker = Literal["tensorboard", "wandb"]
 
 
@@ -43,14 +45,21 @@ class LoopConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes CUDA where there is one."""
     precision: Precision = "auto"
-    """Autocast type; auto takes bf16 where the hardware multiplies it natively (CUDA sm_80+, CPUs with AMX)."""
+    """Autocast type; auto takes bf16 where the hardware multiplies it natively (CUDA sm_80+, CPUs with AMX). fp16, for
+    older cards, scales the loss and skips a step whose gradients overflow."""
     attention: AttentionName = "auto"
     """Backend of the transformers' attention; auto takes the first that can (`rocket-fast doctor` says why)."""
     accumulation: int = 1
     """Micro-batches that a process embeds one after the other; loss and gradients are those of the whole batch, for one
     forward pass more and one micro-batch's activations. Batch norm takes each micro-batch's own statistics."""
-    compile: bool = False
-    """Compile the towers with torch.compile."""
+    parallel: Parallel = "ddp"
+    """How several processes hold the model: ddp, whole in each; fsdp, parameters, gradients and AdamW's moments in
+    parts (FSDP2), for towers that do not fit otherwise."""
+    compile: Compile = "off"
+    """What torch.compile compiles: nothing; the towers; or all of the forward pass and, on one process, the loss too.
+    The optimizer is torch's fused kernel in any case. With fsdp it is each transformer block."""
+    compile_fallback: bool = False
+    """Run what torch.compile cannot compile as it is, instead of ending with its error."""
     threads: int | None = None
     """Torch's CPU threads; None takes every core."""
     log_every: int = 20
@@ -59,6 +68,8 @@ class LoopConfig:
     """Steps between checkpoints; one is written at the end and on Ctrl-C or SIGTERM as well."""
     keep_checkpoints: int = 2
     """How many of the latest checkpoints stay on disk."""
+    keep_every: int | None = None
+    """Checkpoints of steps that are multiples of this stay on disk for good; None keeps none beside the latest."""
     eval_every_epochs: int = 1
     """Epochs between zero-shot evaluations (the best score keeps best.pt); 0 evaluates at the end only."""
     weight_average: float | None = None
@@ -73,7 +84,9 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         require(self.device in ("auto", "cpu", "cuda"), "loop.device", self.device, "auto, cpu or cuda")
-        require(self.precision in ("auto", "fp32", "bf16"), "loop.precision", self.precision, "auto, fp32 or bf16")
+        for name, kind in (("precision", Precision), ("compile", Compile), ("parallel", Parallel)):
+            value = getattr(self, name)
+            require(value in get_args(kind), f"loop.{name}", value, f"one of {get_args(kind)}")
         names = get_args(AttentionName)
         require(self.attention in names, "loop.attention", self.attention, f"one of {names}")
         require(self.epochs >= 1, "loop.epochs", self.epochs, "a number >= 1")
@@ -85,6 +98,8 @@ class LoopConfig:
         require(self.log_every >= 1, "loop.log_every", self.log_every, "a number >= 1")
         require(self.checkpoint_every >= 1, "loop.checkpoint_every", self.checkpoint_every, "a number >= 1")
         require(self.keep_checkpoints >= 1, "loop.keep_checkpoints", self.keep_checkpoints, "a number >= 1")
+        every = self.keep_every
+        require(every is None or every >= 1, "loop.keep_every", every, "a number >= 1 or None")
         require(self.eval_every_epochs >= 0, "loop.eval_every_epochs", self.eval_every_epochs, "a number >= 0")
         require(self.hang_timeout_s >= 0, "loop.hang_timeout_s", self.hang_timeout_s, "a number >= 0")
         decay = self.weight_average
@@ -237,10 +252,13 @@ def _type_hints(kind: type) -> dict[str, Any]:
 
 
 def load_config(folder: Path) -> TrainConfig:
-    """The configuration a run wrote into its folder."""
+    """The configuration a run wrote into its folder, an earlier version's too."""
     path = folder / "config.json"
     require(path.is_file(), "run", str(folder), "a run's folder, with its config.json")
-    return from_plain(json.loads(path.read_text()))
+    plain = json.loads(path.read_text())
+    if isinstance(plain["loop"].get("compile"), bool):  # there was one mode, as long as checkpoints had format 1
+        plain["loop"]["compile"] = "towers" if plain["loop"]["compile"] else "off"
+    return from_plain(plain)
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:

@@ -61,7 +61,7 @@ class PlanRequest:
 
     def machines(self, config: TrainConfig) -> Machines:
         """On which towers are compiled where the configuration compiles them."""
-        machines = Machines(device=known_device(self.gpu), count=self.gpus, fused=config.loop.compile)
+        machines = Machines(device=known_device(self.gpu), count=self.gpus, fused=config.loop.compile != "off")
         reached = machines.reached
         efficiency = Efficiency(self.matmul_efficiency or reached.matmul, self.memory_efficiency or reached.memory)
         return replace(machines, efficiency=efficiency)

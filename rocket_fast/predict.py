@@ -550,7 +550,7 @@ def advice(
 ) -> Advice:
     """For a run that does not fit: what would, on ``world_size`` devices with so many bytes each."""
     workload = Workload.of(config, tokens=tokens)
-    machines = Machines(device=device, count=world_size, fused=config.loop.compile)
+    machines = Machines(device=device, count=world_size, fused=config.loop.compile != "off")
     rows = max(1, config.data.batch_size // world_size)
     policies = POLICIES[POLICIES.index(workload.checkpointing) + 1 :]
     helping = (p for p in policies if largest_batch(workload.with_checkpointing(p), machines, memory_bytes) >= rows)

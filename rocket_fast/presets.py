@@ -108,7 +108,7 @@ def improved(backbone: str, data: str) -> TrainConfig:
         ),
         loss=LossConfig(label_smoothing=0.1, reduction="sum" if source.reduction_sum else "avg"),
         optim=OptimConfig(lr=source.lr, weight_decay=source.weight_decay),
-        loop=LoopConfig(epochs=32, compile=True),
+        loop=LoopConfig(epochs=32, compile="towers"),
     )
 
 

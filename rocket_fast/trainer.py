@@ -6,33 +6,25 @@ from any checkpoint continues bit for bit, and the device is asked for numbers o
 
 from __future__ import annotations
 
-import contextlib
-import faulthandler
 import json
 import math
-import os
-import signal
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rocket_fast.accumulation import cached_step
 from rocket_fast.batch import Batch, Embeddings, LossOutput
 from rocket_fast.checkpoint import CheckpointFolder, load_checkpoint
 from rocket_fast.config import TrainConfig, differences, load_config, provenance, to_plain
-from rocket_fast.device import build_autocast, card_of, choose_device, compute_dtype, peak_flops
+from rocket_fast.device import DeviceCopies, build_autocast, card_of, choose_device, compute_dtype, peak_flops
 from rocket_fast.distributed import is_main, rank, world_size
 from rocket_fast.errors import Failed, InvalidArgument, optional_import, require
 from rocket_fast.evaluation import Checkpoint, Evaluation, Evaluator, headline, output_path, result_table
@@ -45,11 +37,21 @@ from rocket_fast.losses import build_loss
 from rocket_fast.metrics import StepClock, Stopwatch, TrainingBar
 from rocket_fast.models.attention import use_attention
 from rocket_fast.models.clip import DualEncoder
-from rocket_fast.models.heads import MLPHead
-from rocket_fast.optim import build_optimizer, learning_rate, set_learning_rate
+from rocket_fast.optim import LossScale, build_optimizer, learning_rate, restore_optimizer, set_learning_rate
+from rocket_fast.parallel import StepModel, compile_advice, compile_loss, is_compile_error, whole_tensor
 from rocket_fast.plan import cost
 from rocket_fast.predict import advice
+from rocket_fast.processes import (
+    StopRequest,
+    agree_to_stop,
+    count_over_ranks,
+    over_ranks,
+    process_group,
+    stop_requests,
+    watchdog,
+)
 from rocket_fast.profiling import ProfileWindow
+from rocket_fast.sharded import ShardedFolders, prepare_optimizer, tensors_of
 from rocket_fast.sinks import RunLog, require_trackers
 from rocket_fast.tokenizer import Tokenizer
 
@@ -63,6 +65,8 @@ FREE_FIELDS = (
     "loop.log_every",
     "loop.checkpoint_every",
     "loop.keep_checkpoints",
+    "loop.keep_every",
+    "loop.compile_fallback",
     "loop.hang_timeout_s",
     "loop.track",
     "loop.profile",
@@ -97,7 +101,7 @@ def train(config: TrainConfig, *, resume: bool = True) -> TrainResult:
     Raises ``ValueError`` when the folder holds a run of another configuration (or any run, with ``resume=False``),
     ``NonFiniteLoss``, or ``Interrupted`` after saving on SIGINT, SIGTERM or SIGUSR2.
     """
-    with _process_group(config), _stop_requests() as stop:
+    with process_group(config.loop.device), stop_requests() as stop:
         trainer = Trainer(config, resume=resume)
         try:
             trainer.fit(stop)
@@ -119,7 +123,11 @@ class Trainer:
         if config.loop.threads is not None:
             torch.set_num_threads(config.loop.threads)
         self.checkpoints = CheckpointFolder(
-            config.folder / "checkpoints", keep=config.loop.keep_checkpoints, report=self.say
+            config.folder / "checkpoints",
+            keep=config.loop.keep_checkpoints,
+            keep_every=config.loop.keep_every,
+            report=self.say,
+            sharded=ShardedFolders() if config.loop.parallel == "fsdp" else None,
         )
         _check_folder(config, self.checkpoints, resume=resume)
         torch.manual_seed(config.seed)
@@ -143,8 +151,12 @@ class Trainer:
             self.model, self.device, compute_dtype(self.autocast), requested=config.loop.attention
         )
         self.objective = build_loss(config.loss, config.model.companion)
-        self.optimizer = build_optimizer(config.optim, self.model)
         self.average = _average(self.model, config.loop.weight_average)
+        self.parallel = StepModel(self.model, self.average, config.loop, self.device, self.say)
+        compile_loss(self.objective, config.loop)
+        self.optimizer = build_optimizer(config.optim, self.model)
+        self.loss_scale = LossScale(self.device) if self.autocast_name == "fp16" else None
+        self.copies = DeviceCopies(self.device)
         self.evaluator = Evaluator(config, self.tokenizer)
 
         self.step, self.saved_step, self.measured_step, self.best_top1 = 0, -1, -1, -1.0
@@ -159,7 +171,6 @@ class Trainer:
         if is_main():
             remove_leftovers(config.folder)
         _record_run(config)
-        self.parallel = _parallel(self.model, config, self.device, self.say)
         window = config.loop.profile if is_main() else None
         self.profile = ProfileWindow(window, config.folder, self.device, report=self.say)
         self.log = RunLog(config, resume_step=self.step) if is_main() else None
@@ -170,7 +181,7 @@ class Trainer:
         """Steps of the whole schedule."""
         return self.config.loop.epochs * len(self.loader)
 
-    def fit(self, stop: _StopRequest) -> None:
+    def fit(self, stop: StopRequest) -> None:
         """Run the steps that are left; at the end a checkpoint of the last step is on disk."""
         last = min(self.total_steps, self.config.loop.max_steps or self.total_steps)
         self.say(self._opening(last))
@@ -180,20 +191,21 @@ class Trainer:
                 self.loader.set_epoch(self.step // len(self.loader))
                 self._run_epoch(last, stop, bar)
                 self._evaluate_if_due()
+        self._finish_saving()
         if self.saved_step != self.step:
             self.save(needed=True)
         if self.loader.skipped:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.loader.skipped.most_common())
             self.say(f"samples skipped: {reasons}")
 
-    def _run_epoch(self, last: int, stop: _StopRequest, bar: TrainingBar) -> None:
+    def _run_epoch(self, last: int, stop: StopRequest, bar: TrainingBar) -> None:
         """The rest of the current epoch, up to step ``last``."""
         watch = Stopwatch()
-        with _watchdog(self.config.loop.hang_timeout_s) as still_alive:
+        with watchdog(self.config.loop.hang_timeout_s) as still_alive:
             self._run_steps(last, stop, bar, watch, still_alive)
 
     def _run_steps(
-        self, last: int, stop: _StopRequest, bar: TrainingBar, watch: Stopwatch, still_alive: Callable[[], None]
+        self, last: int, stop: StopRequest, bar: TrainingBar, watch: Stopwatch, still_alive: Callable[[], None]
     ) -> None:
         for batch, waited in _timed(self.loader):
             with watch.left_out():
@@ -202,12 +214,16 @@ class Trainer:
                 output = self.train_step(batch)
             except torch.OutOfMemoryError as error:
                 raise Failed(self._out_of_memory()) from error
+            except Exception as error:
+                if self.config.loop.compile == "off" or not is_compile_error(error):
+                    raise
+                raise Failed(compile_advice(error)) from error
             with watch.left_out():
                 self.profile.after(self.step)
             watch.add(waited=waited, samples=len(batch) * world_size())
             still_alive()  # not before an epoch's first step, in which ranks wait for the main one's evaluation
             bar.advance()
-            stopping = _agree_to_stop(stop)
+            stopping = agree_to_stop(stop)
             saving = self.step % self.config.loop.checkpoint_every == 0
             ending = self.step == last or self.step % len(self.loader) == 0
             if stopping or saving or ending or self.step % self.config.loop.log_every == 0:
@@ -229,20 +245,23 @@ class Trainer:
         torch.manual_seed(_step_seed(self.config.seed, self.step, rank()))
         self.optimizer.zero_grad(set_to_none=True)
         if self.config.loop.accumulation == 1:
-            output = self.objective(self._embed(batch))
+            output = self._loss(self._embed(self.copies(batch)))
             self.clock.mark()
             output.total.backward()
         else:
             self.clock.mark()  # forward and backward take turns: all of it counts as backward
-            micro_batches = batch.split(self.config.loop.accumulation)
-            output = cached_step(self._embed, micro_batches, self.objective, model=self.parallel)
+            micro_batches = [self.copies(part) for part in batch.split(self.config.loop.accumulation)]
+            output = cached_step(
+                self._embed, micro_batches, self._loss, model=self.model, no_sync=self.parallel.no_sync
+            )
+        self.parallel.average_gradients()
         self.clock.mark()
         self.model.freeze_gradients(self.step)
-        output.metrics["grad_norm"] = self._guard(output.total.detach())
-        rate = learning_rate(
+        self._guard(output.metrics)
+        self.learning_rate = learning_rate(
             self.config.optim, self.step, steps_per_epoch=len(self.loader), total_steps=self.total_steps
         )
-        set_learning_rate(self.optimizer, rate)
+        set_learning_rate(self.optimizer, self.learning_rate)
         self.optimizer.step()
         self.model.clamp_logit_scales_()
         self.model.update_momentum_()
@@ -253,10 +272,16 @@ class Trainer:
         return output
 
     def _embed(self, batch: Batch) -> Embeddings:
-        batch = batch.to(self.device)
         images = tuple(normalize(image) for image in batch.images)
         with self.autocast:
             return self.parallel(images, batch.texts)
+
+    def _loss(self, embeddings: Embeddings) -> LossOutput:
+        """The objective's output; what is differentiated is scaled, in fp16."""
+        output = self.objective(embeddings)
+        if self.loss_scale is None:
+            return output
+        return replace(output, total=output.total * self.loss_scale.value)
 
     def _out_of_memory(self) -> str:
         """What happened, and what would fit by the cost model, where the card is known."""
@@ -271,28 +296,40 @@ class Trainer:
             "The last checkpoint is whole; the batch size cannot change within a run"
         )
 
-    def _guard(self, loss: Tensor) -> Tensor:
+    def _guard(self, metrics: dict[str, Tensor]) -> None:
         """Remember the first step whose loss or gradients are not finite, and keep the fused optimizer from them.
 
-        Both are the same on every rank: the loss is of the gathered batch, the gradients are averaged. Gives the norm.
+        Both are the same on every rank: the loss is of the gathered batch, the gradients are averaged. In fp16
+        they may overflow now and then, which costs a step and halves the loss's scale; a loss that is not finite, or a
+        scale below 1, is as bad as ever. Adds ``grad_norm`` (before clipping) and ``loss_scale`` to the metrics.
         """
-        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        bad = ~torch.isfinite(loss + norm)
+        norm = whole_tensor(nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
+        loss, scale = metrics["loss"], None
+        skipped = bad = ~torch.isfinite(loss + norm)
+        if self.loss_scale is not None:
+            scale = metrics["loss_scale"] = self.loss_scale.value
+            norm = norm / scale
+            self.loss_scale.update(skipped)
+            bad = ~torch.isfinite(loss) | (self.loss_scale.value < 1)
+        metrics["grad_norm"] = norm
         self.first_bad_step = torch.where(bad, self.first_bad_step.clamp(max=self.step + 1), self.first_bad_step)
-        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
-        self.optimizer.found_inf = torch.isfinite(self.first_bad_step).float()  # type: ignore[attr-defined]
-        return norm
+        if self.config.optim.clip_norm is not None:  # the optimizer divides by it while it reads the gradients anyway
+            shortened = (norm / self.config.optim.clip_norm).clamp(min=1)
+            scale = shortened if scale is None else scale * shortened
+        self.optimizer.grad_scale = scale  # type: ignore[attr-defined]
+        found = skipped | torch.isfinite(self.first_bad_step)
+        self.optimizer.found_inf = found.float()  # type: ignore[attr-defined]
 
     def _log(self, output: LossOutput, watch: Stopwatch, bar: TrainingBar) -> None:
         if torch.isfinite(self.first_bad_step):
             raise NonFiniteLoss(self._dump_non_finite(output))
         record: dict[str, Any] = {"step": self.step, "epoch": self.step / len(self.loader), "time": time.time()}
-        record |= {"loss": output.total.item()} | {name: value.item() for name, value in output.metrics.items()}
+        record |= {name: value.item() for name, value in output.metrics.items()}
         record |= {f"{name}_raw": math.log(record[name]) for name in tuple(record) if name.endswith("logit_scale")}
-        record |= {"lr": self.optimizer.param_groups[0]["lr"], **watch.read(self.clock.read())}
+        record |= {"lr": self.learning_rate, **watch.read(self.clock.read())}
         if self.peak_images_per_s is not None:
             record["mfu"] = record["images_per_s"] / self.peak_images_per_s
-        self.skipped = self.skipped_before + _count_over_ranks(self.loader.skipped - self.skipped_in_index)
+        self.skipped = self.skipped_before + count_over_ranks(self.loader.skipped - self.skipped_in_index)
         skipped = self.skipped_in_index + self.skipped
         record |= {"skipped": skipped.total(), "skipped_reasons": dict(skipped.most_common())}
         bar.show(record)
@@ -327,96 +364,119 @@ class Trainer:
             return
         if self.measured_step != self.step:
             self.save()  # evaluating may take long, and a kill must not cost the steps before
-            top1 = self.evaluator.top1(self.evaluated_model, self.autocast) if is_main() else -1.0
-            self._keep_if_best(top1)
+            model = self.evaluated_model()
+            self._keep_if_best(-1.0 if model is None else self.evaluator.top1(model, self.autocast))
 
     def _keep_if_best(self, top1: float) -> None:
         """Note the score of this step's weights, and keep them in best.pt if no earlier ones were better."""
         if self.log is not None:
             self.log.write({"step": self.step, "zero_shot_top1": top1, "set": self.config.eval.sets[0].name})
+        top1 = self.parallel.mains(top1)
         before, improved = self.best_top1, top1 > self.best_top1
         self.best_top1, self.measured_step = max(before, top1), self.step
         self.save(best=improved, needed=self.step == self.total_steps)
-        if is_main() and self.saved_step != self.step:
+        if self.saved_step != self.step:
             self.best_top1 = before  # best.pt is still the one before
 
-    @property
-    def evaluated_model(self) -> DualEncoder:
-        """The averaged weights where an average is kept, else the trained ones."""
-        return self.model if self.average is None else cast(DualEncoder, self.average.module)
+    def evaluated_model(self) -> DualEncoder | None:
+        """The averaged weights where an average is kept, else the trained ones; None off the main rank."""
+        return self.parallel.whole(self.model if self.average is None else cast(DualEncoder, self.average.module))
 
     def evaluate(self) -> Evaluation | None:
         """Evaluate the present weights on every set and print the table; at the end of the schedule, keep the best.
 
         None without evaluation sets and off the main rank.
         """
-        if not is_main() or not self.config.eval.sets:
+        if not self.config.eval.sets:
             return None
-        folder = self.config.folder
-        evaluation = self.evaluator.evaluate(
-            self.evaluated_model, self.autocast, folder, checkpoint="last", step=self.step
-        )
-        self.console.print(result_table(evaluation, self.config.eval))
-        self.say("pictures: " + ", ".join(str(output_path(folder, "last", each.name)) for each in evaluation.sets))
+        folder, evaluation, top1 = self.config.folder, None, -1.0
+        model = self.evaluated_model()
+        if model is not None:
+            evaluation = self.evaluator.evaluate(model, self.autocast, folder, checkpoint="last", step=self.step)
+            self.console.print(result_table(evaluation, self.config.eval))
+            self.say("pictures: " + ", ".join(str(output_path(folder, "last", each.name)) for each in evaluation.sets))
+            top1 = headline(evaluation, self.config.eval)
         if self.step == self.total_steps and self.measured_step != self.step:
-            self._keep_if_best(headline(evaluation, self.config.eval))
+            self._keep_if_best(top1)
         return evaluation
 
     def write_weights(self) -> None:
         """Write ``weights.safetensors``: the weights to use, without what training needs beside them."""
-        if is_main():
+        model = self.evaluated_model()
+        if model is not None:
             save = optional_import("safetensors.torch", "train").save_model
-            write_atomically(
-                self.config.folder / "weights.safetensors", lambda temporary: save(self.evaluated_model, str(temporary))
-            )
+            path = self.config.folder / "weights.safetensors"
+            write_atomically(path, lambda temporary: save(model, str(temporary)))
 
     def save(self, *, best: bool = False, needed: bool = False) -> None:
-        """Write a checkpoint: everything that the next step depends on.
+        """Begin to write a checkpoint: everything that the next step depends on. A ``best`` one is waited for.
 
         A disk that is full or away for a while must not end a run: that is said, and the next time tried again. Only
-        one that is ``needed``, the run's last, raises ``Failed``.
+        one that is ``needed``, the run's last, is waited for and raises ``Failed``.
         """
-        if torch.isfinite(self.first_bad_step) or not is_main():
+        if torch.isfinite(self.first_bad_step) or not (is_main() or self.parallel.sharded):
             return  # never put a checkpoint after a bad step in the place of a good one
+        self._finish_saving()
         state = {
             "step": self.step,
             "measured_step": self.measured_step,
             "skipped": dict(self.skipped),
             "config": json.dumps(to_plain(self.config)),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
             "loader": self.loader.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
+            "loss_scale": None if self.loss_scale is None else self.loss_scale.state_dict(),
             "best_top1": self.best_top1,
         }
+        tensors = None
+        if self.checkpoints.sharded is None:
+            state |= {name: module.state_dict() for name, module in self._modules.items()}
+            state |= {"optimizer": self.optimizer.state_dict(), "average": state.get("average")}
+        else:
+            self.parallel.agree_on_buffers(*self._modules.values())
+            tensors = tensors_of(self._modules, self.optimizer, self.model)
+        self.checkpoints.begin(state, tensors, best=best)
+        self.saved_step = self.step
+        if best or needed:
+            self._finish_saving(needed=needed)
+
+    def _finish_saving(self, *, needed: bool = False) -> None:
+        """Wait for the checkpoint that is being written, and learn whether it is there."""
         try:
-            self.checkpoints.save(state, best=best)
+            self.checkpoints.wait()
         except Failed as error:
             if needed:
                 raise
+            self.saved_step = -1
             self.say(f"{error}; the checkpoints before it are whole, and training goes on")
-            return
-        self.saved_step = self.step
+
+    @property
+    def _modules(self) -> dict[str, nn.Module]:
+        """What a checkpoint holds the weights of."""
+        return {"model": self.model} | ({} if self.average is None else {"average": self.average})
 
     def _load(self) -> None:
-        state = self.checkpoints.load_latest(map_location=self.device)
+        state = self.checkpoints.load_latest(map_location=self.device, tensors=self._tensors_to_fill)
         if state is None:
             return
         self.step, self.saved_step, self.measured_step = state["step"], state["step"], state["measured_step"]
-        self.best_top1, skipped = state["best_top1"], state["skipped"]
-        if isinstance(skipped, int):  # a checkpoint of before reasons were kept
-            skipped = {"reason not kept": skipped} if skipped else {}
-        self.skipped = self.skipped_before = Counter(skipped)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.best_top1, self.skipped = state["best_top1"], Counter(state["skipped"])
+        self.skipped_before = Counter(self.skipped)
         self.loader.load_state_dict(state["loader"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
+        if self.loss_scale is not None:
+            self.loss_scale.load_state_dict(state["loss_scale"])
+        if self.checkpoints.sharded is None:
+            for name, module in self._modules.items():
+                module.load_state_dict(state[name])
+            restore_optimizer(self.optimizer, state["optimizer"])
+
+    def _tensors_to_fill(self, names: set[str]) -> dict[str, Tensor]:
+        """This run's tensors that a sharded checkpoint holds under ``names``."""
+        prepare_optimizer(self.optimizer, self.model, names)
+        return tensors_of(self._modules, self.optimizer, self.model)
 
     def _opening(self, last: int) -> str:
         count = sum(p.numel() for p in self.model.parameters()) / 1e6
         attention = "/".join(dict.fromkeys(choice.name for choice in self.attention))
-        where = f"{self.device.type} x {world_size()}, {self.autocast_name}"
+        where = f"{self.device.type} x {world_size()}{' (FSDP2)' * self.parallel.sharded}, {self.autocast_name}"
         where += f", attention by {attention}" if attention else ""
         where += f", pictures by {self.loading.name} ({self.loading.reason})"
         start = f"continuing at step {self.step} of {last}" if self.step else f"{last} steps"
@@ -430,7 +490,7 @@ class Trainer:
     @property
     def autocast_name(self) -> str:
         """The precision of the matrix products, for people."""
-        return "bf16" if self.autocast._enabled else "fp32"
+        return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(compute_dtype(self.autocast), "fp32")
 
     def say(self, message: str) -> None:
         """Tell the person, once over all ranks."""
@@ -441,6 +501,7 @@ class Trainer:
         """Stop the loader's threads, write a profile that was begun, and close the log."""
         self.loader.close()
         self.profile.close()
+        self.checkpoints.close()
         if self.log is not None:
             self.log.close()
 
@@ -506,25 +567,6 @@ def _average(model: DualEncoder, decay: float | None) -> AveragedModel | None:
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
-def _parallel(model: DualEncoder, config: TrainConfig, device: torch.device, say: Callable[[str], None]) -> nn.Module:
-    """The model as it is called in a step: towers compiled, batch norm synchronised, gradients averaged over ranks."""
-    if config.loop.compile:
-        for encoder in (model, model.momentum):
-            if encoder is not None:
-                encoder.visual.compile()
-                encoder.text.compile(dynamic=True)
-    if world_size() == 1:
-        return model
-    for module in model.modules():
-        if isinstance(module, MLPHead):
-            module.synchronized = True
-    if device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    elif any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-        say("the image tower's batch norm takes each process's own statistics: torch synchronises it on CUDA only")
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
-
-
 def _timed(loader: Loader) -> Iterator[tuple[Batch, float]]:
     """Batches with the seconds that the loop waited for each."""
     iterator = iter(loader)
@@ -555,96 +597,8 @@ def _record_run(config: TrainConfig) -> None:
         file.write(json.dumps(provenance()) + "\n")
 
 
-@contextlib.contextmanager
-def _process_group(config: TrainConfig) -> Iterator[None]:
-    """Join torchrun's process group where there is one."""
-    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
-        yield
-        return
-    device = choose_device(config.loop.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    # Ranks wait for the main one while it evaluates; gloo beside NCCL keeps small exchanges off the device.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-class _StopRequest:
-    """``signum`` of the first SIGINT or SIGTERM, 0 until there is one."""
-
-    signum = 0
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[_StopRequest]:
-    """Turn SIGINT, SIGTERM or SIGUSR2 into a request to stop after this step; a second SIGINT acts at once.
-
-    Schedulers and launchers often send the same SIGTERM twice; SLURM sends SIGUSR2 when a job's time is nearly up.
-    """
-    stop = _StopRequest()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        if stop.signum == 0:
-            print("stopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
-        stop.signum = stop.signum or signum
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _watchdog(seconds: float) -> Iterator[Callable[[], None]]:
-    """What is given has to be called more often than every so many seconds; else all stacks are written, and an end.
-
-    A rank that waits for one which hangs ends likewise; torchrun then ends the others.
-    """
-
-    def still_alive() -> None:
-        if seconds:
-            faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
-
-    try:
-        yield still_alive
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-
-
-def _agree_to_stop(stop: _StopRequest) -> bool:
-    """Whether any rank was asked to stop; all learn of it in the same step."""
-    stop.signum = _over_ranks(stop.signum, dist.ReduceOp.MAX)
-    return stop.signum > 0
-
-
-def _over_ranks(value: int, operation: Any = dist.ReduceOp.SUM) -> int:
-    """A number combined over all ranks, exchanged between hosts."""
-    if world_size() == 1:
-        return value
-    combined = torch.tensor(value)
-    dist.all_reduce(combined, op=operation)
-    return int(combined)
-
-
-def _count_over_ranks(own: Counter[str]) -> Counter[str]:
-    """Counts added up over all ranks, exchanged between hosts."""
-    if world_size() == 1:
-        return own
-    counts: list[Any] = [None] * world_size()
-    dist.all_gather_object(counts, dict(own))
-    return sum((Counter(each) for each in counts), Counter())
-
-
 def _require_same_step(step: int) -> None:
     """Ranks that read different checkpoints (a disk of their own, a damaged file) would train nonsense."""
-    least, most = _over_ranks(step, dist.ReduceOp.MIN), _over_ranks(step, dist.ReduceOp.MAX)
+    least, most = over_ranks(step, dist.ReduceOp.MIN), over_ranks(step, dist.ReduceOp.MAX)
     if least != most:
         raise Failed(f"the processes found checkpoints of steps {least} to {most}: do they share the run's folder?")

@@ -45,7 +45,8 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(tmp_path: P
     told: list[str] = []
     folder = CheckpointFolder(tmp_path, keep=3, report=told.append)
     folder.save(state(1))
-    newest = folder.save(state(2))
+    folder.save(state(2))
+    newest = folder.step_paths()[-1]
     whole = newest.read_bytes()
     at = whole.index(torch.full((3,), 2.0).numpy().tobytes())
     flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
@@ -70,7 +71,7 @@ def test_reading_runs_no_code(tmp_path: Path):
             return os.mkdir, (str(tmp_path / "owned"),)
 
     path = tmp_path / "step-00000001.pt"
-    torch.save({"format_version": 1, "step": Attack()}, path)
+    torch.save({"format_version": 2, "step": Attack()}, path)
     with pytest.raises(pickle.UnpicklingError):
         load_checkpoint(path)
     assert not (tmp_path / "owned").exists()
@@ -79,5 +80,5 @@ def test_reading_runs_no_code(tmp_path: Path):
 def test_another_format_is_named(tmp_path: Path):
     path = tmp_path / "old.pt"
     torch.save({"format_version": 0}, path)
-    with pytest.raises(ValueError, match=r"format_version of .*: got 0, expected 1"):
+    with pytest.raises(ValueError, match=r"format_version of .*: got 0, expected 2"):
         load_checkpoint(path)

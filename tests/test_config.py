@@ -87,7 +87,7 @@ def test_provenance_says_what_ran():
     [
         (lambda: LoopConfig(epochs=0), "loop.epochs: got 0"),
         (lambda: LoopConfig(weight_average=1.0), "loop.weight_average: got 1.0"),
-        (lambda: LoopConfig(precision="fp16"), "loop.precision: got 'fp16'"),
+        (lambda: LoopConfig(precision="int8"), "loop.precision: got 'int8'"),
         (lambda: LoopConfig(device="tpu"), "loop.device: got 'tpu'"),
         (lambda: EvalConfig(z_weight=0.25), "eval.z_weight: got 0.25"),
         (lambda: LoopConfig(keep_checkpoints=0), "loop.keep_checkpoints: got 0"),

@@ -111,7 +111,10 @@ def test_what_was_skipped_is_kept_by_reason_across_a_resumption(tiny_config: Tra
     assert counted[0] == counted[1]
     assert 8 <= counted[0]["corrupt image"] <= 12  # five pictures in each of two epochs, which leave four samples out
     state = final_state(whole)
-    torch.save({**state, "skipped": 7}, CheckpointFolder(whole.folder / "checkpoints", keep=9).step_paths()[-1])
+    torch.save(
+        {**state, "format_version": 1, "skipped": 7},
+        CheckpointFolder(whole.folder / "checkpoints", keep=9).step_paths()[-1],
+    )
     trainer = Trainer(whole)
     trainer.close()
     assert trainer.skipped == {"reason not kept": 7}
