@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -73,7 +74,7 @@ class ShardedFolders:
 
     def _on_host(self, tensor: Tensor) -> Tensor:
         if not isinstance(tensor, DTensor):
-            return tensor.to("cpu", copy=True)
+            return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)  # channels_last has no place there
         local = tensor.to_local().to("cpu", copy=True)
         assert self._mesh is not None
         options: dict[str, Any] = {"run_check": False, "shape": tensor.shape, "stride": tensor.stride()}
@@ -88,7 +89,7 @@ class ShardedFolders:
         reason = None
         try:
             self._write_own(temporary, tensors)
-        except Exception as error:  # torch's own kinds too: all mean that there is no checkpoint
+        except (Exception, CheckpointException) as error:  # whatever it is, there is no checkpoint
             reason = str(error).strip().splitlines()[-1] if str(error) else type(error).__name__
         sums = self._everyones(_checksums(temporary, f"shard-{self._rank + 1:05d}-*") if reason is None else reason)
         if self._rank == 0 and all(isinstance(each, dict) for each in sums):
@@ -124,10 +125,13 @@ class ShardedFolders:
             raise Failed(f"{path} is damaged: {reasons[0]}")
 
     def read_into(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        """Fill ``tensors``, or this rank's parts of them; each has to be in the folder."""
+        """Fill ``tensors``, or this rank's parts of them; ``Failed`` on every rank where one cannot."""
         with _quiet():
             reader = dcp.HuggingFaceStorageReader(str(path))
-            dcp.load(tensors, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
+            try:
+                dcp.load(tensors, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
+            except CheckpointException as error:  # which is no Exception
+                raise Failed(str(error).strip().splitlines()[-1]) from error
 
     def _everyones(self, own: Any) -> list[Any]:
         if self._group is None:

@@ -514,7 +514,7 @@ def load_run(folder: Path, checkpoint: Checkpoint, device: torch.device) -> tupl
     config = load_config(folder)
     checkpoints = CheckpointFolder(folder / "checkpoints", keep=config.loop.keep_checkpoints)
     if checkpoint == "best":
-        require(checkpoints.best_path.is_file(), "checkpoint", checkpoint, f"last: {folder} holds no best.pt")
+        require(checkpoints.best_path.exists(), "checkpoint", checkpoint, f"last: {folder} holds no best one")
         state: dict[str, Any] | None = load_checkpoint(checkpoints.best_path, map_location=device)
     else:
         state = checkpoints.load_latest(map_location=device)
