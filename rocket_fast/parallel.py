@@ -7,7 +7,7 @@ shard numbers without a dimension, the temperatures: every rank keeps those, and
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rocket_fast.batch import Embeddings, PackedText
 from rocket_fast.config import Compile, LoopConfig
@@ -119,6 +119,23 @@ class StepModel:
 def whole_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor that may be spread over ranks, each of which has to call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, for work on each number by itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def averaged_model(model: DualEncoder, decay: float | None) -> AveragedModel | None:
+    """An exponential moving average of all of ``model``, buffers too; None without a ``decay``."""
+    if decay is None:
+        return None
+    update = get_ema_multi_avg_fn(decay)
+
+    def update_own_parts(averages: Sequence[Tensor], tensors: Sequence[Tensor], updates: Tensor | int) -> None:
+        update([own_part(tensor) for tensor in averages], [own_part(tensor) for tensor in tensors], updates)
+
+    return AveragedModel(model, multi_avg_fn=update_own_parts, use_buffers=True)
 
 
 def _synchronize_batch_norm(model: DualEncoder, device: torch.device, say: Callable[[str], None]) -> None:

@@ -105,8 +105,7 @@ class ShardedFolders:
             raise Failed(f"{path} could not be written ({reasons[0]})")
 
     def _write_own(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _quiet():
+        with _quiet():  # nothing that can fail on one rank may stand before this: others would wait in it
             writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
             dcp.save(dict(tensors), storage_writer=writer, process_group=self._group, no_dist=self._group is None)
 

@@ -18,7 +18,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rocket_fast.accumulation import cached_step
 from rocket_fast.batch import Batch, Embeddings, LossOutput
@@ -38,7 +37,7 @@ from rocket_fast.metrics import StepClock, Stopwatch, TrainingBar
 from rocket_fast.models.attention import use_attention
 from rocket_fast.models.clip import DualEncoder
 from rocket_fast.optim import LossScale, build_optimizer, learning_rate, restore_optimizer, set_learning_rate
-from rocket_fast.parallel import StepModel, compile_advice, compile_loss, is_compile_error, whole_tensor
+from rocket_fast.parallel import StepModel, averaged_model, compile_advice, compile_loss, is_compile_error, whole_tensor
 from rocket_fast.plan import cost
 from rocket_fast.predict import advice
 from rocket_fast.processes import (
@@ -151,7 +150,7 @@ class Trainer:
             self.model, self.device, compute_dtype(self.autocast), requested=config.loop.attention
         )
         self.objective = build_loss(config.loss, config.model.companion)
-        self.average = _average(self.model, config.loop.weight_average)
+        self.average = averaged_model(self.model, config.loop.weight_average)
         self.parallel = StepModel(self.model, self.average, config.loop, self.device, self.say)
         compile_loss(self.objective, config.loop)
         self.optimizer = build_optimizer(config.optim, self.model)
@@ -521,7 +520,7 @@ def load_run(folder: Path, checkpoint: Checkpoint, device: torch.device) -> tupl
     if state is None:
         raise InvalidArgument(f"run: got {str(folder)!r}, expected a folder with checkpoints")
     model = DualEncoder(config.model).to(device)
-    average = _average(model, config.loop.weight_average)
+    average = averaged_model(model, config.loop.weight_average)
     if average is not None:
         average.load_state_dict(state["average"])
         model = cast(DualEncoder, average.module)
@@ -559,12 +558,6 @@ def _peak_images_per_s(config: TrainConfig, device: torch.device, autocast: torc
     """Images a second of all devices at their peak, where that is known: what an MFU of 1 would be."""
     peak = peak_flops(device, compute_dtype(autocast))
     return None if peak is None else world_size() * peak / cost(config).training_flops
-
-
-def _average(model: DualEncoder, decay: float | None) -> AveragedModel | None:
-    if decay is None:
-        return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
 def _timed(loader: Loader) -> Iterator[tuple[Batch, float]]:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from rocket_fast.optim import OptimConfig, build_optimizer, learning_rate
+from rocket_fast.optim import LossScale, OptimConfig, build_optimizer, learning_rate
 
 SCHEDULE = OptimConfig(lr=3e-3, warmup_epochs=1, start_lr=1e-6, end_lr=1e-5)
 
@@ -66,8 +66,28 @@ def test_optimizer_skips_its_update_when_told_the_gradients_are_bad():
     assert torch.equal(layer.weight.detach(), before)
 
 
+def test_loss_scale_goes_as_torchs_scaler_does(monkeypatch):
+    monkeypatch.setattr(LossScale, "GROWTH_STEPS", 3)
+    ours, theirs = LossScale(torch.device("cpu")), torch.amp.GradScaler("cpu", LossScale.START, growth_interval=3)
+    parameter = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    for step, overflowed in enumerate("oogggogggggggoog"):
+        assert ours.value == theirs.get_scale()
+        gradient = torch.tensor([1.0, math.inf if overflowed == "o" else 1.0])
+        theirs.scale((parameter * gradient).sum()).backward()
+        theirs.step(optimizer)
+        theirs.update()
+        optimizer.zero_grad()
+        ours.update(torch.tensor(overflowed == "o"))
+        if step == 8:  # in the middle of good steps
+            state, ours = ours.state_dict(), LossScale(torch.device("cpu"))
+            ours.load_state_dict(state)
+    assert ours.value == theirs.get_scale() != LossScale.START
+
+
 @pytest.mark.parametrize(
-    ("field", "value"), [("lr", 0), ("weight_decay", -1), ("betas", (0.9, 1.0)), ("start_lr", 1.0), ("eps", 0)]
+    ("field", "value"),
+    [("clip_norm", 0), ("lr", 0), ("weight_decay", -1), ("betas", (0.9, 1.0)), ("start_lr", 1.0), ("eps", 0)],
 )
 def test_bad_values_are_named(field: str, value: object):
     with pytest.raises(ValueError, match=f"optim.{field}: got .*expected"):
