@@ -56,6 +56,8 @@ def row_counts(*tensors: Tensor) -> list[int]:
     for tensor in tensors:
         require(isinstance(tensor, Tensor), "tensor", type(tensor), "a tensor")
     shapes = [tuple(tensor.shape) for tensor in tensors]
+    if world_size() == 1 and all(shape and shape[0] == shapes[0][0] for shape in shapes):
+        return [shapes[0][0]]  # without what compiled code cannot do
     own = [number for tensor in tensors for number in _described(tensor)]
     everyone = _gather_numbers(own, tensors[0].device)
     if any(rows < 0 for numbers in everyone for rows in numbers[::2]):
@@ -140,6 +142,8 @@ class AllRanks:
 
     def gather(self, *groups: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], ...]:
         """All ranks' rows of every tensor of every group, as ``gather_together``; none travels twice."""
+        if world_size() == 1:  # compiled code, which would be made again for every other id
+            return tuple(tuple(group) for group in groups)
         new = [tensor for group in groups for tensor in group if id(tensor) not in self._known]
         for tensor, everyone in zip(new, gather_together(new, self.counts), strict=True):
             self._known[id(tensor)] = tensor, everyone

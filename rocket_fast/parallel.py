@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -35,7 +35,7 @@ class StepModel:
     """``model`` made ready for training as ``loop`` says, in place; ``average``, if any, is sharded like it.
 
     To be made before the optimizer: with FSDP2 parameters become others, ``DTensor`` of which each rank holds a part.
-    ``say`` is told what the person should know.
+    ``dtype``: what autocast multiplies in. ``say`` is told what the person should know.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class StepModel:
         average: AveragedModel | None,
         loop: LoopConfig,
         device: torch.device,
+        dtype: torch.dtype,
         say: Callable[[str], None],
     ) -> None:
         self.model, self.sharded = model, loop.parallel == "fsdp" and world_size() > 1
@@ -54,7 +55,7 @@ class StepModel:
             mesh = init_device_mesh(device.type, (world_size(),))
             for each in (model, average.module if average is not None else None):
                 if each is not None:
-                    _shard(cast(DualEncoder, each), mesh)
+                    _shard(cast(DualEncoder, each), mesh, dtype)
         elif world_size() > 1:
             # Not static_graph: torch then does not find the tensors of a dataclass, and averages no gradients (2.14).
             self._called = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -186,21 +187,26 @@ def is_compile_error(error: Exception) -> bool:
 
 def compile_advice(error: Exception) -> str:
     """What to do about it."""
-    reason = str(error).strip().splitlines()[0]
+    reason = " ".join(str(error).strip().splitlines()[:2])
     return (
         f"torch.compile failed: {type(error).__name__}: {reason}. Train with --loop.compile off, or with "
         "--loop.compile-fallback to run as it is what cannot be compiled"
     )
 
 
-def _shard(model: DualEncoder, mesh: DeviceMesh) -> None:
-    """Spread parameters over the mesh: each transformer block and each tower is gathered by itself when it runs."""
+def _shard(model: DualEncoder, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    """Spread parameters over the mesh: each transformer block and each tower is gathered by itself when it runs.
+
+    Blocks are gathered in ``dtype``: autocast would make narrow copies of all, which live until the backward pass.
+    Their gradients are summed in float32.
+    """
+    narrow = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()  # FSDP2 knows no channels_last
     towers = [tower for each in (model, model.momentum) if each is not None for tower in (each.visual, each.text)]
     for tower in towers:
         for block in tower.modules():
             if isinstance(block, TransformerBlock):
-                fully_shard(block, mesh=mesh)
+                fully_shard(block, mesh=mesh, mp_policy=narrow if dtype.itemsize == 2 else MixedPrecisionPolicy())
         fully_shard(tower, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if p.ndim == 0})

@@ -173,18 +173,48 @@ def memory(workload: Workload, machines: Machines, per_device: int, accumulation
     figures, loop = workload.cost, workload.config.loop
     narrow = workload.itemsize < 4
     averaged = figures.parameters if loop.weight_average is not None else 0
-    weights = 4 * (figures.parameters + figures.momentum_parameters + averaged) + 2 * narrow * figures.parameters
+    kept = 4 * (figures.parameters + figures.momentum_parameters + averaged)
+    shards, gathered = (machines.count, _Gathered.of(workload)) if _sharded(workload, machines) else (1, None)
+    casts = 2 * narrow * (figures.parameters if gathered is None else gathered.rest)
+    weights = kept / shards + casts + (0 if gathered is None else gathered.weights(workload.itemsize))
     together = 4 * (figures.views > 1)  # views of one size are put side by side
     a_pixel = 2 * 1 + 4 + together + (2 if narrow else 0)  # uint8, the next batch's too; normalised; side by side; cast
     micro = math.ceil(per_device / accumulation)
     return Memory(
         weights=weights,
-        gradients=4 * figures.parameters,
-        optimizer=8 * figures.parameters,
+        gradients=4 * figures.parameters / shards + (0 if gathered is None else gathered.weights(4)),
+        optimizer=8 * figures.parameters / shards,
         activations=micro * activations(workload, machines),
         pictures=workload.volume.pixels * ((a_pixel - 2) * micro + 2 * per_device),
         loss=_loss_memory(workload, machines, per_device),
     )
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """Parameters under FSDP2: in all ``blocks``, in the ``largest`` one, in the ``rest`` of the model.
+
+    A device has the rest whole, and two blocks at a time: the one that runs and the one that is fetched meanwhile.
+    """
+
+    blocks: int
+    largest: int
+    rest: int
+
+    @staticmethod
+    def of(workload: Workload) -> _Gathered:
+        found = [part.blocks for part, _ in _parts(workload).values() if part.blocks is not None]
+        sizes = [4 * each.width**2 + 2 * each.width * each.mlp_width for each in found]
+        blocks = sum(size * each.layers for size, each in zip(sizes, found, strict=True))
+        return _Gathered(blocks, max(sizes, default=0), workload.cost.parameters - blocks)
+
+    def weights(self, itemsize: int) -> float:
+        """Bytes that are whole at a time; blocks' in numbers of ``itemsize``, the rest's in float32."""
+        return 2.0 * itemsize * self.largest + 4.0 * self.rest
+
+
+def _sharded(workload: Workload, machines: Machines) -> bool:
+    return workload.config.loop.parallel == "fsdp" and machines.count > 1
 
 
 def activations(workload: Workload, machines: Machines) -> float:
@@ -436,18 +466,39 @@ def _companion_part(exchange: _Exchange, workload: Workload, machines: Machines)
 def _communication(
     workload: Workload, machines: Machines, compute: list[PartOfStep], accumulation: int
 ) -> list[PartOfStep]:
-    """Gradients' all-reduce, as far as the (last micro-batch's) backward pass does not hide it; batch norms' sums."""
+    """Gradients' all-reduce (FSDP2: all its traffic), as far as computing does not hide it; batch norms' sums."""
     if machines.count == 1:
         return []
+    if _sharded(workload, machines):
+        return [_gathers(workload, machines, compute, accumulation), *_norm_sums(workload, machines, accumulation)]
     sent = 2 * (machines.count - 1) / machines.count * 4.0 * workload.cost.parameters
     whole = machines.sending(sent, math.ceil(sent / 2 / BUCKET_BYTES))
     last = whole * min(1.0, BUCKET_BYTES / (4.0 * workload.cost.parameters))
     backward = 2 / 3 * sum(part.seconds for part in compute) / accumulation
-    parts = [PartOfStep(name="gradients' all-reduce", sent=sent, seconds=max(last, whole - backward))]
+    reduce = PartOfStep(name="gradients' all-reduce", sent=sent, seconds=max(last, whole - backward))
+    return [reduce, *_norm_sums(workload, machines, accumulation)]
+
+
+def _gathers(workload: Workload, machines: Machines, compute: list[PartOfStep], accumulation: int) -> PartOfStep:
+    """FSDP2: parameters are gathered for every forward and backward pass, gradients scattered once.
+
+    All of the step's computing hides it, but for the first block's parameters.
+    """
+    gathered, passes = _Gathered.of(workload), 2 if accumulation == 1 else 3 * accumulation
+    share = (machines.count - 1) / machines.count
+    once = workload.itemsize * gathered.blocks + 4.0 * gathered.rest
+    sent = share * (passes * once + 4.0 * workload.cost.parameters)
+    blocks = gathered.blocks / max(1, gathered.largest)
+    whole = machines.sending(sent, math.ceil((passes + 1) * blocks))
+    first = machines.sending(share * workload.itemsize * gathered.largest, 1)
+    hidden = sum(part.seconds for part in compute)
+    return PartOfStep(name="parameters and gradients", sent=sent, seconds=max(first, whole - hidden))
+
+
+def _norm_sums(workload: Workload, machines: Machines, accumulation: int) -> list[PartOfStep]:
     norms = sum(part.batch_norms for part, _ in _parts(workload).values())
-    if norms:
-        parts.append(PartOfStep(name="batch norms' sums", seconds=machines.sending(0.0, 2 * norms * accumulation)))
-    return parts
+    seconds = machines.sending(0.0, 2 * norms * accumulation)
+    return [PartOfStep(name="batch norms' sums", seconds=seconds)] if norms else []
 
 
 def _optimizer(workload: Workload, machines: Machines) -> PartOfStep:
@@ -455,7 +506,8 @@ def _optimizer(workload: Workload, machines: Machines) -> PartOfStep:
     figures = workload.cost
     averaged = figures.momentum_parameters + (workload.config.loop.weight_average is not None) * figures.parameters
     casts = 6 * figures.parameters if workload.itemsize < 4 else 0
-    moved = (28.0 + 4) * figures.parameters + 12 * averaged + casts
+    shards = machines.count if _sharded(workload, machines) else 1
+    moved = ((28.0 + 4) * figures.parameters + 12 * averaged) / shards + casts
     return PartOfStep(name="optimizer", moved=moved, seconds=machines.seconds(0, moved, workload.itemsize))
 
 

@@ -151,7 +151,8 @@ class Trainer:
         )
         self.objective = build_loss(config.loss, config.model.companion)
         self.average = averaged_model(self.model, config.loop.weight_average)
-        self.parallel = StepModel(self.model, self.average, config.loop, self.device, self.say)
+        dtype = compute_dtype(self.autocast)
+        self.parallel = StepModel(self.model, self.average, config.loop, self.device, dtype, self.say)
         compile_loss(self.objective, config.loop)
         self.optimizer = build_optimizer(config.optim, self.model)
         self.loss_scale = LossScale(self.device) if self.autocast_name == "fp16" else None
