@@ -225,7 +225,8 @@ class Trainer:
         """One optimizer step; one whose loss or gradients are not finite is skipped without asking the device."""
         self.clock.mark()
         self.recent_keys.append((self.step + 1, batch.keys))
-        self.model.train()
+        if not self.model.training:  # setting the mode of every module takes longer than all else that the loop does
+            self.model.train()
         _seed(_step_seed(self.config.seed, self.step, rank()), self.device)
         self.optimizer.zero_grad(set_to_none=True)
         if self.config.loop.accumulation == 1:
