@@ -1,14 +1,18 @@
 """What surrounds the loss: captions to token ids, bytes to augmented views, and one whole training step."""
 
+import contextlib
 import io
 import json
 import tarfile
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from fvcore.nn import FlopCountAnalysis
 
+from rocket_fast import trainer as trainer_module
 from rocket_fast.config import EvalConfig
 from rocket_fast.image_augment import normalize, recipe_augment
 from rocket_fast.loaders.cpu import CPULoader
@@ -95,3 +99,71 @@ def test_demo_step(benchmark, shard, tmp_path, precision):
     )
     rate(benchmark, samples_per_s=len(batch), vision_tower_gflop_per_s=3 * 2 * multiply_adds * len(batch) / 1e9)
     trainer.close()
+
+
+class Outside:
+    """Seconds spent in what is not the loop's own, by the clock and of the main thread's CPU time."""
+
+    def __init__(self):
+        self.clock = self.cpu = 0.0
+        self._inside = False
+
+    @contextlib.contextmanager
+    def counted(self):
+        """Counts what is within, once where such calls are nested."""
+        if self._inside:
+            yield
+            return
+        self._inside, clock, cpu = True, time.perf_counter(), time.thread_time()
+        try:
+            yield
+        finally:
+            self._inside = False
+            self.clock += time.perf_counter() - clock
+            self.cpu += time.thread_time() - cpu
+
+    def of(self, function):
+        """The function, counted."""
+
+        def call(*arguments, **options):
+            with self.counted():
+                return function(*arguments, **options)
+
+        return call
+
+    def iterated(self, batches):
+        """The batches, the wait for each counted."""
+        batches = iter(batches)
+        while (batch := self.of(next)(batches, None)) is not None:
+            yield batch
+
+
+@pytest.mark.benchmark(group="the loop's own time, beside a step of 50 ms")
+def test_loop_overhead(benchmark, shard, tmp_path, monkeypatch):
+    """All of ``fit`` but data, forward, backward, optimizer and saves. Tiny towers: only the gradients' norm grows."""
+    base = preset("debug")
+    epochs, steps = (1, 4) if benchmark.disabled else (6, None)
+    options = {"precision": "fp32", "threads": 1, "weight_average": None, "checkpoint_every": 10**6, "log_every": 20}
+    loop = replace(base.loop, epochs=epochs, max_steps=steps, **options)
+    data = replace(base.data, train=(str(shard),), batch_size=64)
+    trainer = Trainer(replace(base, out=tmp_path, data=data, loop=loop, eval=EvalConfig()))
+    outside, whole, norm = Outside(), Outside(), Outside()
+    timed = trainer_module._timed
+    monkeypatch.setattr(trainer_module, "_timed", lambda loader: outside.iterated(timed(loader)))
+    monkeypatch.setattr(torch.Tensor, "backward", outside.of(torch.Tensor.backward))
+    for owner, name in ((trainer, "_embed"), (trainer.objective, "forward"), (trainer.optimizer, "step")):
+        monkeypatch.setattr(owner, name, outside.of(getattr(owner, name)))
+    monkeypatch.setattr(trainer, "save", outside.of(trainer.save))
+    monkeypatch.setattr(trainer, "_guard", norm.of(trainer._guard))
+    fit = whole.of(trainer.fit)
+    benchmark.pedantic(fit, (type("Stop", (), {"signum": 0})(),), rounds=1)
+    trainer.close()
+    benchmark.extra_info["steps"] = trainer.step
+    for kind in ("clock", "cpu"):
+        own, guard = (
+            1e3 * seconds / trainer.step
+            for seconds in (getattr(whole, kind) - getattr(outside, kind), getattr(norm, kind))
+        )
+        benchmark.extra_info[f"own_ms_a_step_by_{kind}"] = own
+        benchmark.extra_info[f"of_which_gradients_norm_by_{kind}"] = guard
+        benchmark.extra_info[f"percent_of_50_ms_by_{kind}"] = 2 * own

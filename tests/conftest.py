@@ -1,9 +1,14 @@
-"""Small real data and a small configuration, for the tests that run the whole way through."""
+"""Small real data and a small configuration, for the tests that run the whole way through; Triton's interpreter."""
 
 import io
 import json
+import os
+import shutil
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +35,7 @@ def _picture(colour: tuple[int, int, int], shape: str, rng: np.random.Generator)
     return file.getvalue()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_shard() -> Callable[[Path, int, int], None]:
     """Write a webdataset tar of so many coloured shapes, drawn with a seed."""
 
@@ -55,9 +60,18 @@ def write_shard() -> Callable[[Path, int, int], None]:
     return write
 
 
-@pytest.fixture
-def tiny_config(tmp_path: Path, write_shard: Callable[[Path, int, int], None]) -> "TrainConfig":  # noqa: F821
-    """A CL2L run of seconds: 2 epochs of 6 steps on 100 pictures, dropout and both heads included."""
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory: pytest.TempPathFactory, write_shard: Callable[[Path, int, int], None]) -> Path:
+    """The data of ``tiny_config``: 100 pictures to train on, in two shards, and 30 to test with. Not to be changed."""
+    folder = tmp_path_factory.mktemp("shards")
+    for name, samples, seed in (("train-0", 60, 0), ("train-1", 40, 1), ("test-0", 30, 2)):
+        write_shard(folder / f"{name}.tar", samples, seed)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config_in(tiny_shards: Path) -> Callable[[Path], "TrainConfig"]:  # noqa: F821
+    """Make, in a folder of its own, what ``tiny_config`` is."""
     from rocket_fast.config import EvalConfig, EvalSet, LoopConfig, TrainConfig
     from rocket_fast.image_augment import recipe_augment
     from rocket_fast.loaders.base import DataConfig
@@ -69,25 +83,91 @@ def tiny_config(tmp_path: Path, write_shard: Callable[[Path, int, int], None]) -
     from rocket_fast.optim import OptimConfig
     from rocket_fast.text_augment import TextAugmentConfig
 
-    write_shard(tmp_path / "data/train-0.tar", 60, 0)
-    write_shard(tmp_path / "data/train-1.tar", 40, 1)
-    write_shard(tmp_path / "data/test-0.tar", 30, 2)
-    return TrainConfig(
-        name="tiny",
-        out=tmp_path / "runs",
-        data=DataConfig(train=(str(tmp_path / "data/train-*.tar"),), batch_size=16, captions="several"),
-        image=recipe_augment(size=16),
-        text=TextAugmentConfig(),
-        model=CLIPConfig(
-            vision=ConvStemViTConfig(
-                image_size=16, stem_widths=(8, 16), stem_blocks=(0, 1), width=16, layers=1, heads=2
+    def make(folder: Path) -> TrainConfig:
+        shutil.copytree(tiny_shards, folder / "data")
+        test = EvalSet(name="test", shards=(str(folder / "data/test-*.tar"),))
+        vision = ConvStemViTConfig(image_size=16, stem_widths=(8, 16), stem_blocks=(0, 1), width=16, layers=1, heads=2)
+        return TrainConfig(
+            name="tiny",
+            out=folder / "runs",
+            data=DataConfig(train=(str(folder / "data/train-*.tar"),), batch_size=16, captions="several"),
+            image=recipe_augment(size=16),
+            text=TextAugmentConfig(),
+            model=CLIPConfig(
+                vision=vision,
+                text=TextConfig(width=16, layers=1, heads=2, context_length=16, dropout=0.1),
+                embed_dim=16,
+                h_head=MLPHeadConfig(hidden=32),
             ),
-            text=TextConfig(width=16, layers=1, heads=2, context_length=16, dropout=0.1),
-            embed_dim=16,
-            h_head=MLPHeadConfig(hidden=32),
-        ),
-        loss=LossConfig(),
-        optim=OptimConfig(lr=3e-3),
-        loop=LoopConfig(epochs=2, threads=1, log_every=1, checkpoint_every=4, precision="fp32"),
-        eval=EvalConfig(sets=(EvalSet(name="test", shards=(str(tmp_path / "data/test-*.tar"),)),), pixel_baseline=True),
-    )
+            loss=LossConfig(),
+            optim=OptimConfig(lr=3e-3),
+            loop=LoopConfig(epochs=2, threads=1, log_every=1, checkpoint_every=4, precision="fp32"),
+            eval=EvalConfig(sets=(test,), pixel_baseline=True),
+        )
+
+    return make
+
+
+@pytest.fixture
+def tiny_config(tmp_path: Path, tiny_config_in: Callable[[Path], "TrainConfig"]) -> "TrainConfig":  # noqa: F821
+    """A CL2L run of seconds: 2 epochs of 6 steps on 100 pictures, dropout and both heads included."""
+    return tiny_config_in(tmp_path)
+
+
+# --- Triton's interpreter, which has to be chosen for a whole process -------------------------------------------------
+
+INTERPRETER_RUNS = pytest.StashKey["InterpreterRuns"]()
+
+
+class InterpreterRuns:
+    """Test files that run again under ``TRITON_INTERPRET=1``, one after the other, while this process tests others."""
+
+    def __init__(self) -> None:
+        self.runs: dict[Path, Future[tuple[int, str]]] = {}
+        self._pool, self._process, self._over = ThreadPoolExecutor(1), None, False
+
+    def start(self, path: Path) -> None:
+        self.runs[path] = self._pool.submit(self._run, path)
+
+    def _run(self, path: Path) -> tuple[int, str]:
+        if self._over:
+            return 1, "not run"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", str(path)]
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        said, _ = self._process.communicate()
+        return self._process.returncode, said
+
+    def stop(self) -> None:
+        self._over = True
+        if self._process is not None:
+            self._process.kill()
+        self._pool.shutdown()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that wait for the interpreter come last."""
+    items.sort(key=lambda item: item.get_closest_marker("interpreter") is not None)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if session.config.option.collectonly or os.environ.get("TRITON_INTERPRET") == "1":
+        return
+    runs = session.config.stash[INTERPRETER_RUNS] = InterpreterRuns()
+    for item in session.items:
+        if item.get_closest_marker("interpreter") is not None:
+            runs.start(item.path)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if INTERPRETER_RUNS in config.stash:
+        config.stash[INTERPRETER_RUNS].stop()
+
+
+@pytest.fixture
+def interpreted(request: pytest.FixtureRequest) -> tuple[int, str]:
+    """Exit status and output of the test's file under the interpreter; for tests with the mark ``interpreter``."""
+    return request.config.stash[INTERPRETER_RUNS].runs[request.path].result()

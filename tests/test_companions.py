@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import subprocess
-import sys
+import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from trainer_support import assert_same_state, final_state
 
-from rocket_fast.config import EvalConfig, TrainConfig, to_plain
+from rocket_fast.config import EvalConfig, TrainConfig
 from rocket_fast.models.heads import (
     BarLIPConfig,
     BYOLIPConfig,
     CompanionConfig,
-    SharedHeadConfig,
     SiamLIPConfig,
     SwALIPConfig,
     SwALIPPrototypesConfig,
 )
-from rocket_fast.models.vision import ViTConfig
 from rocket_fast.trainer import Trainer, train
 
 SIAMESE = {"hidden": 32, "out": 16, "predictor_hidden": 32}
@@ -35,21 +37,9 @@ COMPANIONS: dict[str, tuple[CompanionConfig, str]] = {
 }
 
 
-RUNS = """
-import json, sys
-import torch.distributed as dist
-from rocket_fast.config import from_plain
-from rocket_fast.trainer import train
-
-dist.init_process_group("gloo")
-for line in open(sys.argv[1]):
-    train(from_plain(json.loads(line)))
-dist.destroy_process_group()
-"""
-
-
 def with_companion(config: TrainConfig, name: str, **loop: object) -> TrainConfig:
-    model = replace(config.model, companion=COMPANIONS[name][0])
+    companion = COMPANIONS[name][0] if name in COMPANIONS else None
+    model = replace(config.model, companion=companion)
     return replace(config, name=name, model=model, loop=replace(config.loop, **loop))
 
 
@@ -84,46 +74,47 @@ def test_byolips_averaged_encoder_follows_every_step(tiny_config: TrainConfig) -
 @pytest.mark.parametrize("name", COMPANIONS)
 def test_a_run_continues_bit_for_bit(tiny_config: TrainConfig, name: str) -> None:
     """Averaged encoders, prototypes and batch statistics included."""
-    whole = with_companion(tiny_config, name, max_steps=7)
+    whole = replace(with_companion(tiny_config, name, max_steps=7), eval=EvalConfig())
     parts = replace(whole, name="parts")
-    states = []
-    for config, stops in ((whole, (7,)), (parts, (4, 7))):
-        for stop in stops:
-            train(replace(config, loop=replace(config.loop, max_steps=stop)))
-        trainer = Trainer(replace(config, loop=replace(config.loop, max_steps=7)))
-        states.append((trainer.step, trainer.model.state_dict()))
-        trainer.close()
-    assert states[0][0] == states[1][0] == 7
-    torch.testing.assert_close(states[1][1], states[0][1], rtol=0, atol=0)
+    train(whole)
+    for stop in (4, 7):
+        train(replace(parts, loop=replace(parts.loop, max_steps=stop)))
+    assert final_state(whole)["step"] == 7
+    assert_same_state(final_state(whole), final_state(parts))
 
 
-@pytest.mark.system
-def test_two_processes_train_as_one(tiny_config: TrainConfig, tmp_path: Path) -> None:
-    """Ten steps, batch norm, Barlow's and Sinkhorn's sums included; in micro-batches where there is no batch norm."""
-    towers = replace(
-        tiny_config.model,
-        vision=ViTConfig(image_size=16, patch_size=8, width=16, layers=1, heads=2),
-        text=replace(tiny_config.model.text, dropout=0.0),
-    )
-    # Seed 0 meets a fork that rounding decides, in one process too: step 5 of BYOLIP's and of the prototypes' run.
-    base = replace(tiny_config, model=towers, eval=EvalConfig(), seed=2)
-    shared = replace(base, model=replace(towers, h_head=SharedHeadConfig()))
-    one = [with_companion(base, name, max_steps=10) for name in COMPANIONS]
-    one += [with_companion(shared, "swalip", max_steps=10), replace(shared, loop=replace(base.loop, max_steps=10))]
-    one = [replace(config, name=f"one{number}") for number, config in enumerate(one)]
-    two = [
-        replace(
-            config, name=f"two{number}", loop=replace(config.loop, accumulation=1 if number < len(COMPANIONS) else 2)
-        )
-        for number, config in enumerate(one)
-    ]
-    for config in one:
-        train(config)
-    script, runs = tmp_path / "runs.py", tmp_path / "runs.jsonl"
-    script.write_text(RUNS)
-    runs.write_text("".join(json.dumps(to_plain(config)) + "\n" for config in two))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script), str(runs)]
-    subprocess.run(launch, check=True, capture_output=True, timeout=600)
-    for alone, together in zip(one, two, strict=True):
-        # Losses, not weights: Adam turns the rounding in gradients that should be zero into whole steps.
-        assert logged(alone) == pytest.approx(logged(together), rel=1e-5), alone.model.companion
+class Asking(TorchDispatchMode):
+    """Notes the step of everything that would make the host wait for a device, of the main thread's operations.
+
+    What the CPU alone does is left out: its own attention and checks look at values that are at hand there, and
+    micro-batches are cut while the batch is still the host's.
+    """
+
+    WAIT = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "_unique2", "unique_consecutive")
+    ON_THE_HOST = frozenset({"kernels/packed_attention.py", "kernels/checks.py", "rocket_fast/batch.py"})
+
+    def __init__(self, step: Callable[[], int]) -> None:
+        super().__init__()
+        self.step, self.asked = step, []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = function.overloadpacket.__name__, kwargs or {}
+        lengths_unknown = name == "repeat_interleave" and kwargs.get("output_size") is None
+        by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if name in self.WAIT or lengths_unknown or by_mask:
+            files = ["/".join(Path(frame.f_code.co_filename).parts[-2:]) for frame, _ in traceback.walk_stack(None)]
+            if not self.ON_THE_HOST & set(files):
+                self.asked.append((self.step(), name, files[:6]))
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("system", ["cl2l", *COMPANIONS])
+def test_the_device_is_asked_for_numbers_on_log_steps_only(tiny_config: TrainConfig, system: str, accumulation: int):
+    """In the steps themselves, backward and optimizer included, and between them."""
+    options = {"log_every": 3, "checkpoint_every": 100, "epochs": 1, "accumulation": accumulation}
+    config = replace(with_companion(tiny_config, system, **options), eval=EvalConfig())
+    trainer = Trainer(config)
+    with contextlib.closing(trainer), Asking(lambda: trainer.step) as asking:
+        trainer.fit(type("Stop", (), {"signum": 0})())
+    assert {step for step, *_ in asking.asked} == {3, 6}, [each for each in asking.asked if each[0] % 3]

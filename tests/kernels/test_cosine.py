@@ -2,8 +2,6 @@
 
 import importlib.util
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from unittest import mock
 
@@ -24,14 +22,13 @@ BF16 = 2**-7 if INTERPRETED else 2**-8
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-6, torch.bfloat16: BF16, torch.float16: 5e-4}
 
 
+@pytest.mark.interpreter
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
-def test_in_the_interpreter() -> None:
+def test_in_the_interpreter(interpreted: tuple[int, str]) -> None:
     """All of this file again, with the kernels run by Triton's interpreter on the CPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    status, said = interpreted
+    assert status == 0, said[-10_000:]
 
 
 Views = Sequence[Tensor]

@@ -5,8 +5,6 @@ That no configuration spills: test_compile_check.py.
 
 import dataclasses
 import os
-import subprocess
-import sys
 from unittest import mock
 
 import numpy as np
@@ -33,13 +31,12 @@ PINNED = dict(kernels.CONFIGS)
 SIZES = [(1, 1), (1, 7), (7, 1), (5, 3), (16, 16), (19, 45), (48, 32)]
 
 
+@pytest.mark.interpreter
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
-def test_in_the_interpreter():
+def test_in_the_interpreter(interpreted: tuple[int, str]):
     """All of this file again, with the kernel run by Triton's interpreter on the CPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    status, said = interpreted
+    assert status == 0, said[-10_000:]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -3,8 +3,6 @@
 import dataclasses
 import itertools
 import os
-import subprocess
-import sys
 from unittest import mock
 
 import pytest
@@ -26,13 +24,12 @@ MIB = 2**20
 ROUNDING = {FP32: 2**-23, BF16: 2**-8, FP16: 2**-11}
 
 
+@pytest.mark.interpreter
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
-def test_in_the_interpreter():
+def test_in_the_interpreter(interpreted: tuple[int, str]):
     """All of this file again, with the kernels run by Triton's interpreter on the CPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    status, said = interpreted
+    assert status == 0, said[-10_000:]
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,6 @@ That no configuration spills: test_compile_check.py.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from unittest import mock
 
 import pytest
@@ -26,13 +24,12 @@ SHAPES = [(2, 1), (5, 3), (40, 17), (130, 33)]
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
+@pytest.mark.interpreter
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
-def test_in_the_interpreter() -> None:
+def test_in_the_interpreter(interpreted: tuple[int, str]) -> None:
     """All of this file again, with the kernels run by Triton's interpreter on the CPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    status, said = interpreted
+    assert status == 0, said[-10_000:]
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import os
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -30,13 +29,12 @@ WARPED = replace(weak_view(12), rotate_degrees=20, shear_degrees=5, zoom_out=1.3
 SOLARIZED = replace(strong_view(16), solarize_prob=0.5, color_shift=0.2, color_matrix_std=0.2)
 
 
+@pytest.mark.interpreter
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
-def test_in_the_interpreter():
+def test_in_the_interpreter(interpreted: tuple[int, str]):
     """All of this file again, with the kernel run by Triton's interpreter on the CPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    status, said = interpreted
+    assert status == 0, said[-10_000:]
 
 
 @pytest.fixture
