@@ -8,8 +8,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from rocket_fast.config import EvalConfig, TrainConfig, to_plain
 from rocket_fast.models.heads import (
@@ -53,6 +55,17 @@ def with_companion(config: TrainConfig, name: str, **loop: object) -> TrainConfi
     return replace(config, name=name, model=model, loop=replace(config.loop, **loop))
 
 
+def with_unpaired(config: TrainConfig, ratio: int = 4) -> TrainConfig:
+    """Beside the pairs, so many samples to each, 13 pictures in a folder, and those of the test set."""
+    folder = Path(config.data.train[0]).parent / "alone"
+    folder.mkdir(exist_ok=True)
+    for number in range(13):
+        pixels = np.random.default_rng(number).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    patterns = (str(folder), str(folder.parent / "test-0.tar"))
+    return replace(config, data=replace(config.data, unpaired=patterns, unpaired_ratio=ratio))
+
+
 def logged(config: TrainConfig, key: str = "loss") -> list[float]:
     lines = (config.folder / "metrics.jsonl").read_text().splitlines()
     return [record[key] for record in map(json.loads, lines) if "loss" in record]
@@ -66,6 +79,29 @@ def test_the_loss_falls_in_fifty_steps(tiny_config: TrainConfig, name: str) -> N
     assert len(losses) == 54
     assert sum(losses[-6:]) < sum(losses[:6])
     assert len(set(own)) > 50, "the companion's loss moves"
+
+
+@pytest.mark.parametrize("name", COMPANIONS)
+def test_unpaired_pictures_are_learnt_from(tiny_config: TrainConfig, name: str) -> None:
+    config = replace(with_unpaired(with_companion(tiny_config, name, epochs=9)), eval=EvalConfig())
+    train(config)
+    losses = logged(config, "unpaired_loss")
+    assert len(losses) == 54
+    assert sum(losses[-6:]) < sum(losses[:6])
+
+
+def test_what_unpaired_pictures_are_skipped_is_logged(tiny_config: TrainConfig) -> None:
+    config = with_unpaired(with_companion(tiny_config, "swalip", max_steps=12))
+    (Path(config.data.unpaired[0]) / "5.png").write_bytes(b"no picture")
+    train(replace(config, eval=EvalConfig()))
+    records = [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["skipped_reasons"] == {"unpaired: corrupt image": 1}  # 43 pictures, 48 of them asked for
+
+
+def test_a_micro_batch_needs_two_unpaired_pictures(tiny_config: TrainConfig) -> None:
+    config = with_unpaired(with_companion(tiny_config, "barlip", accumulation=4))
+    with pytest.raises(ValueError, match=r"data.unpaired_ratio: got 4, expected a smaller .* 4 unpaired pictures"):
+        Trainer(config)
 
 
 def test_byolips_averaged_encoder_follows_every_step(tiny_config: TrainConfig) -> None:
@@ -83,8 +119,8 @@ def test_byolips_averaged_encoder_follows_every_step(tiny_config: TrainConfig) -
 
 @pytest.mark.parametrize("name", COMPANIONS)
 def test_a_run_continues_bit_for_bit(tiny_config: TrainConfig, name: str) -> None:
-    """Averaged encoders, prototypes and batch statistics included."""
-    whole = with_companion(tiny_config, name, max_steps=7)
+    """Averaged encoders, prototypes, batch statistics and the place among unpaired pictures included."""
+    whole = with_unpaired(with_companion(tiny_config, name, max_steps=7))
     parts = replace(whole, name="parts")
     states = []
     for config, stops in ((whole, (7,)), (parts, (4, 7))):
@@ -110,6 +146,7 @@ def test_two_processes_train_as_one(tiny_config: TrainConfig, tmp_path: Path) ->
     shared = replace(base, model=replace(towers, h_head=SharedHeadConfig()))
     one = [with_companion(base, name, max_steps=10) for name in COMPANIONS]
     one += [with_companion(shared, "swalip", max_steps=10), replace(shared, loop=replace(base.loop, max_steps=10))]
+    one = [with_unpaired(config, 2) if config.model.companion is not None else config for config in one]
     one = [replace(config, name=f"one{number}") for number, config in enumerate(one)]
     two = [
         replace(

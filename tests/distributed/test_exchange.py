@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rocket_fast import distributed, exchange, own_rows
-from rocket_fast.batch import CompanionOutputs, Embeddings
+from rocket_fast.batch import CompanionOutputs, Embeddings, UnpairedOutputs
 from rocket_fast.device import cpu_peak_bytes
 from rocket_fast.interop.open_clip import ClipLoss, SigLipLoss
 from rocket_fast.kernels import siglip_loss
@@ -77,7 +77,13 @@ class Towers(nn.Module):
             text_h=tuple(self.text_h(view) for view in texts[1:]),
             h_logit_scale=h_scale,
             companion=CompanionOutputs(**heads, logit_scale=p_scale),
+            unpaired=self.of_unpaired(-images[1:]) if self.strong else None,
         )
+
+    def of_unpaired(self, images_VBD: Tensor) -> UnpairedOutputs:
+        """Other pictures, as many."""
+        v, p = (tuple(head(view) for view in images_VBD) for head in (self.image_v, self.image_p))
+        return UnpairedOutputs(image_v=v, image_p=p)
 
 
 def samples(count: int, dtype: torch.dtype) -> Tensor:
