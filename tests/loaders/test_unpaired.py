@@ -2,6 +2,7 @@
 
 import io
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -45,15 +46,16 @@ def both(data: DataConfig, image: ImageAugmentConfig = VIEWS, **options: int):
     return open_loader(data, image, None, TOKENIZER, device=torch.device("cpu"), **{"seed": 3, **options})[0]
 
 
+def endless(loader) -> Iterator[Batch]:
+    """Epoch after epoch."""
+    while True:
+        yield from loader
+        loader.set_epoch(loader.state_dict()["epoch"] + 1)
+
+
 def epochs(loader, batches: int) -> list[Batch]:
     """So many batches, over as many epochs as it takes."""
-
-    def endless():
-        while True:
-            yield from loader
-            loader.set_epoch(loader.state_dict()["epoch"] + 1)
-
-    found = list(islice(endless(), batches))
+    found = list(islice(endless(loader), batches))
     loader.close()
     return found
 
@@ -94,15 +96,11 @@ def test_pictures_have_epochs_of_their_own_each_showing_each_once(data: DataConf
 def test_a_saved_place_goes_on_with_the_same_batches(data: DataConfig, stop: int) -> None:
     whole = epochs(both(data), 12)
     loader = both(data)
-    iterator = iter(loader)
-    for _ in range(stop):
-        batch = next(iterator, None)
-        if batch is None:
-            loader.set_epoch(loader.state_dict()["epoch"] + 1)
-            iterator = iter(loader)
-            batch = next(iterator)
+    batches = endless(loader)
+    assert_all_same(list(islice(batches, stop)), whole[:stop])
     state = loader.state_dict()
-    for continued in (both(data), loader):  # another process, and a loader that has made pictures ahead
+    next(batches)
+    for continued in (both(data), loader):  # another process's, and one that is elsewhere and has made pictures ahead
         continued.load_state_dict(state)
         assert_all_same(epochs(continued, 12 - stop), whole[stop:])
 
