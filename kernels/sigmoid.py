@@ -69,19 +69,20 @@ def _(
 
 
 @torch.library.custom_op("rocket_fast::scaled_gradient", mutates_args=())
-def scaled_gradient(gradient: Tensor, factor: Tensor, like: Tensor) -> Tensor:
-    """``factor * gradient`` in the dtype of ``like``."""
-    return (gradient * factor).to(like.dtype)
+def scaled_gradient(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``factor * gradient`` in a dtype."""
+    return (gradient * factor).to(dtype)
 
 
 @scaled_gradient.register_fake
-def _(gradient: Tensor, factor: Tensor, like: Tensor) -> Tensor:
-    return torch.empty_like(gradient, dtype=like.dtype)
+def _(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(gradient, dtype=dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     _, d_numbers_2, d_image, d_text = output
-    ctx.save_for_backward(*inputs[:4], d_numbers_2, d_image, d_text)
+    ctx.save_for_backward(d_numbers_2, d_image, d_text)
+    ctx.dtypes = [x.dtype for x in inputs[:4]]
     ctx.mark_non_differentiable(d_numbers_2, d_image, d_text)
     ctx.set_materialize_grads(False)
 
@@ -89,11 +90,11 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 def _differentiate(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if d_loss is None:
         return (None,) * 8
-    *inputs, d_numbers_2, d_image, d_text = ctx.saved_tensors  # once: checkpointing recomputes what it unpacks
+    d_numbers_2, d_image, d_text = ctx.saved_tensors  # once: checkpointing recomputes what it unpacks
     gradients = (d_image, d_text, d_numbers_2[0], d_numbers_2[1])
     own = (
-        scaled_gradient(gradient, d_loss, like) if needed else None
-        for needed, gradient, like in zip(ctx.needs_input_grad[:4], gradients, inputs, strict=True)
+        scaled_gradient(gradient, d_loss, dtype) if needed else None
+        for needed, gradient, dtype in zip(ctx.needs_input_grad[:4], gradients, ctx.dtypes, strict=True)
     )
     return (*own, *(None,) * 4)
 

@@ -168,7 +168,8 @@ class MLPHead(nn.Sequential):
     norm at the end, with weight and bias (affine) or without (plain).
 
     In training the layers work together (kernels/projector.py): same values, gradients and running statistics, half
-    the memory. Biases before a batch norm, which cancel there, get gradients that are exactly zero.
+    the memory. Biases before a batch norm, which cancel there, get gradients that are exactly zero. The layers are not
+    called then, so that hooks registered on them fire in evaluation only; those on the head always do.
     """
 
     synchronized = False
