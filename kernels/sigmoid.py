@@ -69,14 +69,25 @@ def _(
 
 
 @torch.library.custom_op("rocket_fast::scaled_gradient", mutates_args=())
-def scaled_gradient(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def _scaled_gradient(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """``factor * gradient`` in a dtype."""
     return (gradient * factor).to(dtype)
 
 
-@scaled_gradient.register_fake
+@_scaled_gradient.register_fake
 def _(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(gradient, dtype=dtype)
+
+
+def scaled_gradient(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``factor * gradient`` in a dtype, where gradients were made with the value: in a backward, ``factor`` being its.
+
+    A backward that makes a graph (create_graph=True) gets one that refuses to be gone through: nothing else would tell
+    that the gradient depends on inputs which nobody kept.
+    """
+    if torch.is_grad_enabled() and not factor.requires_grad:
+        factor = factor.detach().requires_grad_()
+    return _scaled_gradient(gradient, factor, dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -104,7 +115,7 @@ def _keep_nothing(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 _forward_backward.register_autograd(_differentiate, setup_context=_setup_context)
-scaled_gradient.register_autograd(refuse_second_derivative, setup_context=_keep_nothing)
+_scaled_gradient.register_autograd(refuse_second_derivative, setup_context=_keep_nothing)
 
 
 # --- public function --------------------------------------------------------------------------------------------------

@@ -331,7 +331,7 @@ def run_rank(rank: int, folder: Path) -> None:
         if rank >= len(sizes):
             return {}
         store = f"file://{folder / f'store{index}'}"
-        dist.init_process_group("gloo", store, rank=rank, world_size=len(sizes), timeout=timedelta(seconds=60))
+        dist.init_process_group("gloo", store, rank=rank, world_size=len(sizes), timeout=timedelta(minutes=5))
         assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (rank, len(sizes), rank == 0)
         results = {name: value for part in parts for name, value in part(sizes).items()}
         dist.destroy_process_group()
