@@ -24,6 +24,7 @@ from rocket_fast.models.heads import (
     SwALIPPrototypesConfig,
 )
 from rocket_fast.models.vision import ViTConfig
+from rocket_fast.presets import preset
 from rocket_fast.trainer import Trainer, train
 
 SIAMESE = {"hidden": 32, "out": 16, "predictor_hidden": 32}
@@ -102,6 +103,19 @@ def test_a_micro_batch_needs_two_unpaired_pictures(tiny_config: TrainConfig) -> 
     config = with_unpaired(with_companion(tiny_config, "barlip", accumulation=4))
     with pytest.raises(ValueError, match=r"data.unpaired_ratio: got 4, expected a smaller .* 4 unpaired pictures"):
         Trainer(config)
+
+
+@pytest.mark.slow
+def test_the_laptops_preset_learns(tiny_config: TrainConfig) -> None:
+    config = preset("demo-siamlip")
+    data = replace(config.data, train=tiny_config.data.train, batch_size=8)
+    loop = replace(tiny_config.loop, epochs=5, max_steps=50)
+    config = replace(config, out=tiny_config.out, data=data, loop=loop, eval=EvalConfig())
+    train(config)
+    losses, own = logged(config), logged(config, "siamlip_loss")
+    assert len(losses) == 50
+    assert sum(losses[-6:]) < sum(losses[:6])
+    assert sum(own[-6:]) < sum(own[:6])
 
 
 def test_byolips_averaged_encoder_follows_every_step(tiny_config: TrainConfig) -> None:
