@@ -107,7 +107,7 @@ def training_step(config: TrainConfig, unpaired: int, small: bool) -> Callable[[
 
 @pytest.mark.parametrize("name", list(contestants())[1:])
 def test_step(name: str, benchmark: Any) -> None:
-    """A whole step with a companion over one of CL2L, on the same towers, in turns; the median of the rounds' ratios."""
+    """A whole step with a companion over one of CL2L, on the same towers, in turns, and the rounds' ratios."""
     made = contestants()
     steps = {each: training_step(*made[each], benchmark.disabled) for each in ("cl2l", name)}
     seconds: dict[str, list[float]] = {each: [] for each in steps}
