@@ -31,7 +31,7 @@ from rocket_fast.optim import build_optimizer
 from rocket_fast.presets import preset
 
 ROWS, WIDTHS, ROUNDS = 4096, (512, 4096, 4096, 256), 15
-BATCH, RATIO, STEPS = 64, 4, 5  # samples, to each unpaired picture, rounds
+BATCH, RATIO, STEPS = 64, 4, 3  # samples, to each unpaired picture, rounds
 VISION = ViTConfig(image_size=64, patch_size=16, width=192, layers=6, heads=3)
 TEXT = TextConfig(width=128, layers=4, heads=4)
 
@@ -107,7 +107,11 @@ def training_step(config: TrainConfig, unpaired: int, small: bool) -> Callable[[
 
 @pytest.mark.parametrize("name", list(contestants())[1:])
 def test_step(name: str, benchmark: Any) -> None:
-    """A whole step with a companion over one of CL2L, on the same towers, in turns, and the rounds' ratios."""
+    """A whole step with a companion over one of CL2L, on the same towers, in turns, and the rounds' ratios.
+
+    On one thread: ratios of two that wait for each other say more about who else is on the machine.
+    """
+    torch.set_num_threads(1)
     made = contestants()
     steps = {each: training_step(*made[each], benchmark.disabled) for each in ("cl2l", name)}
     seconds: dict[str, list[float]] = {each: [] for each in steps}
