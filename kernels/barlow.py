@@ -183,7 +183,8 @@ def _(
 
 
 def _keep_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:2], *output[1:])
+    ctx.save_for_backward(*output[1:])
+    ctx.dtypes = [x.dtype for x in inputs[:2]]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -191,9 +192,8 @@ def _keep_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None
 def _hand_out(ctx: Any, d_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if d_loss is None:
         return (None,) * 6
-    x_NP, y_NP, d_x_NP, d_y_NP = ctx.saved_tensors
-    pairs = zip(ctx.needs_input_grad[:2], (d_x_NP, d_y_NP), (x_NP, y_NP), strict=True)
-    own = (scaled_gradient(gradient, d_loss, like) if needed else None for needed, gradient, like in pairs)
+    parts = zip(ctx.needs_input_grad[:2], ctx.saved_tensors, ctx.dtypes, strict=True)
+    own = (scaled_gradient(gradient, d_loss, dtype) if needed else None for needed, gradient, dtype in parts)
     return *own, *(None,) * 4
 
 

@@ -69,19 +69,31 @@ def _(
 
 
 @torch.library.custom_op("rocket_fast::scaled_gradient", mutates_args=())
-def scaled_gradient(gradient: Tensor, factor: Tensor, like: Tensor) -> Tensor:
-    """``factor * gradient`` in the dtype of ``like``."""
-    return (gradient * factor).to(like.dtype)
+def _scaled_gradient(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``factor * gradient`` in a dtype."""
+    return (gradient * factor).to(dtype)
 
 
-@scaled_gradient.register_fake
-def _(gradient: Tensor, factor: Tensor, like: Tensor) -> Tensor:
-    return torch.empty_like(gradient, dtype=like.dtype)
+@_scaled_gradient.register_fake
+def _(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(gradient, dtype=dtype)
+
+
+def scaled_gradient(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``factor * gradient`` in a dtype, where gradients were made with the value: in a backward, ``factor`` being its.
+
+    A backward that makes a graph (create_graph=True) gets one that refuses to be gone through: nothing else would tell
+    that the gradient depends on inputs which nobody kept.
+    """
+    if torch.is_grad_enabled() and not factor.requires_grad:
+        factor = factor.detach().requires_grad_()
+    return _scaled_gradient(gradient, factor, dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     _, d_numbers_2, d_image, d_text = output
-    ctx.save_for_backward(*inputs[:4], d_numbers_2, d_image, d_text)
+    ctx.save_for_backward(d_numbers_2, d_image, d_text)
+    ctx.dtypes = [x.dtype for x in inputs[:4]]
     ctx.mark_non_differentiable(d_numbers_2, d_image, d_text)
     ctx.set_materialize_grads(False)
 
@@ -89,11 +101,11 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 def _differentiate(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if d_loss is None:
         return (None,) * 8
-    *inputs, d_numbers_2, d_image, d_text = ctx.saved_tensors  # once: checkpointing recomputes what it unpacks
+    d_numbers_2, d_image, d_text = ctx.saved_tensors  # once: checkpointing recomputes what it unpacks
     gradients = (d_image, d_text, d_numbers_2[0], d_numbers_2[1])
     own = (
-        scaled_gradient(gradient, d_loss, like) if needed else None
-        for needed, gradient, like in zip(ctx.needs_input_grad[:4], gradients, inputs, strict=True)
+        scaled_gradient(gradient, d_loss, dtype) if needed else None
+        for needed, gradient, dtype in zip(ctx.needs_input_grad[:4], gradients, ctx.dtypes, strict=True)
     )
     return (*own, *(None,) * 4)
 
@@ -103,7 +115,7 @@ def _keep_nothing(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 _forward_backward.register_autograd(_differentiate, setup_context=_setup_context)
-scaled_gradient.register_autograd(refuse_second_derivative, setup_context=_keep_nothing)
+_scaled_gradient.register_autograd(refuse_second_derivative, setup_context=_keep_nothing)
 
 
 # --- public function --------------------------------------------------------------------------------------------------

@@ -560,8 +560,8 @@ def _like_outputs(image: Tensor, text: Tensor, scale: Tensor, need_grad: bool) -
 
 
 def _keep_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:3], *output[1:])
-    ctx.others = len(inputs) - 3
+    ctx.save_for_backward(*output[1:])
+    ctx.dtypes, ctx.others = [x.dtype for x in inputs[:3]], len(inputs) - 3
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -569,10 +569,10 @@ def _keep_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None
 def _hand_out(ctx: Any, d_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if d_loss is None:
         return (None,) * (3 + ctx.others)
-    saved = ctx.saved_tensors  # once: checkpointing recomputes what it unpacks
+    gradients = ctx.saved_tensors  # once: checkpointing recomputes what it unpacks
     own = (
-        scaled_gradient(gradient, d_loss, like) if needed else None
-        for needed, gradient, like in zip(ctx.needs_input_grad[:3], saved[3:], saved[:3], strict=True)
+        scaled_gradient(gradient, d_loss, dtype) if needed else None
+        for needed, gradient, dtype in zip(ctx.needs_input_grad[:3], gradients, ctx.dtypes, strict=True)
     )
     return *own, *(None,) * ctx.others
 

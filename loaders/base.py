@@ -27,12 +27,16 @@ class DataConfig:
 
     train: tuple[str, ...]
     """Tars, .csv, .parquet, .npy, .json, .pkl, folders; globs (data/*.tar), braces ({000..331}), ?images=FOLDER."""
+    unpaired: tuple[str, ...] = ()
+    """Pictures to train a companion's heads on beside the pairs, with or without captions: patterns as train's."""
+    unpaired_ratio: int = 4
+    """Samples of a batch to each unpaired picture beside it: a step has batch_size / unpaired_ratio of the latter."""
     weights: tuple[float, ...] | None = None
     """How often an epoch shows the samples of each of these; 0.5 shows half of them, drawn anew; None is once each."""
     batch_size: int = 256
     """Samples per optimizer step over all processes; a multiple of their number."""
     workers: int = 2
-    """Threads that decode and augment."""
+    """Threads that decode and augment; unpaired pictures have workers / unpaired_ratio more, at least one."""
     captions: Literal["txt", "several"] = "txt"
     """txt: the .txt member (or the first caption), in all views; several: the list "captions" in the .json member (or
     all that the data has), one drawn per view."""
@@ -61,7 +65,12 @@ class DataConfig:
         if self.weights is not None:
             usable = len(self.weights) == len(self.train) and all(0 < weight < math.inf for weight in self.weights)
             require(usable, "data.weights", self.weights, f"{len(self.train)} positive numbers, one per data.train")
+        require(not isinstance(self.unpaired, str), "data.unpaired", self.unpaired, "a tuple of patterns")
         require(self.batch_size >= 1, "data.batch_size", self.batch_size, "a number >= 1")
+        require(self.unpaired_ratio >= 1, "data.unpaired_ratio", self.unpaired_ratio, "a number >= 1")
+        divides = not self.unpaired or self.batch_size % self.unpaired_ratio == 0
+        expected = f"a divisor of data.batch_size = {self.batch_size}"
+        require(divides, "data.unpaired_ratio", self.unpaired_ratio, expected)
         require(self.workers >= 1, "data.workers", self.workers, "a number >= 1")
         require(self.captions in ("txt", "several"), "data.captions", self.captions, "'txt' or 'several'")
         require(self.prefetch >= 0, "data.prefetch", self.prefetch, "a number >= 0")
@@ -69,16 +78,25 @@ class DataConfig:
         require(self.quality in get_args(Quality), "data.quality", self.quality, f"one of {get_args(Quality)}")
         require(self.backend in get_args(Backend), "data.backend", self.backend, f"one of {get_args(Backend)}")
 
+    @property
+    def unpaired_batch(self) -> int:
+        """Unpaired pictures per optimizer step over all processes."""
+        return self.batch_size // self.unpaired_ratio if self.unpaired else 0
+
 
 class Loader(Protocol):
     """Batches of one process, in an order that depends on seed, epoch and data only.
 
-    ``samples``: samples in an epoch over all processes. ``skipped``: samples left out so far, by reason; those found
-    when the shards were indexed count once, those found on reading count in every epoch.
+    Of ``skipped``, samples found when the shards were indexed count once, those found on reading in every epoch.
     """
 
-    samples: int
-    skipped: Counter[str]
+    @property
+    def samples(self) -> int:
+        """Samples in an epoch over all processes."""
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """Samples left out so far, by reason."""
 
     def __len__(self) -> int:
         """Batches per epoch, the same on every process."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -11,6 +11,7 @@ from rocket_fast.loaders.base import DataConfig, Loader
 from rocket_fast.loaders.cpu import CPULoader
 from rocket_fast.loaders.dali import DALILoader
 from rocket_fast.loaders.gpu_views import GPUViewsLoader
+from rocket_fast.loaders.unpaired import WithUnpaired, unpaired_data, unpaired_views
 from rocket_fast.text_augment import TextAugmentConfig
 from rocket_fast.tokenizer import Tokenizer
 
@@ -44,20 +45,27 @@ def open_loader(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Loader, LoaderChoice]:
-    """The loader that ``choose_loader`` names. Raises what its constructor does.
+    """The loader that ``choose_loader`` names, with another beside it for ``data.unpaired``. Raises what they do.
 
     ``dtype``: what the step computes in, for the images of a loader that normalises them.
     """
     choice = choose_loader(data, device)
-    loader: Loader
-    if choice.name == "cpu":
-        pin = device.type == "cuda"
-        loader = CPULoader(data, image, text, tokenizer, seed=seed, rank=rank, world_size=world_size, pin_memory=pin)
-    elif choice.name == "cpu+gpu":
-        loader = GPUViewsLoader(
-            data, image, text, tokenizer, seed=seed, rank=rank, world_size=world_size, device=device, dtype=dtype
-        )
-    else:
+
+    def opened(data: DataConfig, image: ImageAugmentConfig, tokenizer: Tokenizer | None) -> Loader:
+        options: dict[str, Any] = {"seed": seed, "rank": rank, "world_size": world_size}
+        if choice.name == "cpu":
+            return CPULoader(data, image, text, tokenizer, pin_memory=device.type == "cuda", **options)
+        if choice.name == "cpu+gpu":
+            return GPUViewsLoader(data, image, text, tokenizer, device=device, dtype=dtype, **options)
         number = None if device.type != "cuda" else device.index or 0
-        loader = DALILoader(data, image, text, tokenizer, seed=seed, rank=rank, world_size=world_size, device_id=number)
-    return loader, choice
+        return DALILoader(data, image, text, tokenizer, device_id=number, **options)
+
+    pictures = unpaired_data(data, world_size) if data.unpaired else None
+    paired = opened(data, image, tokenizer)
+    if pictures is None:
+        return paired, choice
+    try:
+        return WithUnpaired(paired, opened(pictures, unpaired_views(image), None)), choice
+    except BaseException:
+        paired.close()
+        raise

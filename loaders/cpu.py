@@ -29,7 +29,7 @@ from rocket_fast.errors import Failed, InvalidArgument, optional_import, require
 from rocket_fast.image_augment import ImageAugmentConfig, ViewConfig, ViewParams, centre_view, draw
 from rocket_fast.loaders.base import TEXT_STREAM, BadSampleError, DataConfig, EvalBatch, sample_generator
 from rocket_fast.loaders.shards import Cursor, ShardSet
-from rocket_fast.loaders.sources import RawSample
+from rocket_fast.loaders.sources import CaptionMember, RawSample
 from rocket_fast.text_augment import TextAugmentConfig, augment_strong, augment_weak
 from rocket_fast.tokenizer import Tokenizer
 
@@ -265,6 +265,7 @@ class CPULoader:
 
     Images are uint8 (normalise them on the device), of ``image.weak`` and each of ``image.strong``. Texts: view 0
     through ``augment_weak``, the others through ``augment_strong``, or the plain caption in all if ``text`` is None.
+    ``tokenizer`` None: pictures alone, whose captions nobody looks for; batches have no texts.
 
     A batch depends on seed, epoch, data and the global batch size, not on workers, prefetching or earlier batches. A
     sample that cannot be used (see ``skipped`` for the reasons) has its place taken by one from the following global
@@ -282,7 +283,7 @@ class CPULoader:
         data: DataConfig,
         image: ImageAugmentConfig,
         text: TextAugmentConfig | None,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         *,
         seed: int,
         rank: int = 0,
@@ -292,10 +293,15 @@ class CPULoader:
         _codecs()  # say now what is not installed
         require(0 <= seed < 2**64, "seed", seed, "0 <= seed < 2**64")
         self.data, self.image, self.text, self.tokenizer, self.seed = data, image, text, tokenizer, seed
-        self._shards = ShardSet(data.train, caption="txt" if data.captions == "txt" else "json", weights=data.weights)
+        member: CaptionMember = "txt" if data.captions == "txt" else "json"
+        self._shards = ShardSet(data.train, caption="none" if tokenizer is None else member, weights=data.weights)
         if data.strict and (skipped := self._shards.first_skipped()):
             raise _refused(*skipped)
+        self._field = "data.train" if tokenizer is not None else "data.unpaired"  # which errors name
         self.samples = self._shards.epoch_samples
+        if tokenizer is None:
+            expected = f"at least {data.batch_size}, a step's"
+            require(self.samples >= data.batch_size, self._field, f"{self.samples} pictures", expected)
         self.skipped = Counter(self._shards.skipped)
         self._cursor = Cursor(self.samples, data.batch_size, rank=rank, world_size=world_size, drop_last=data.drop_last)
         self._pool = ThreadPoolExecutor(data.workers, thread_name_prefix="rocket-fast-loader")
@@ -339,7 +345,7 @@ class CPULoader:
         """Continue where ``state`` was taken, with any split of the same global batch."""
         require(state["seed"] == self.seed, "seed", self.seed, f"the saved run's {state['seed']}")
         same = state["data"] == self._shards.fingerprint
-        require(same, "data.train", self.data.train, "the shards and samples of the saved run; they have changed")
+        require(same, self._field, self.data.train, "the shards and samples of the saved run; they have changed")
         self._cursor.load_state_dict(state)
 
     def close(self) -> None:
@@ -407,7 +413,7 @@ class CPULoader:
         use: Callable[[int, str, Picture], None],
     ) -> Chunk:
         """Fill the slots ``at`` ... from the given places of the epoch's order."""
-        texts: list[list[str]] = [[] for _ in self.image.views]
+        texts: list[list[str]] = [[] for _ in self.image.views if self.tokenizer is not None]
         keys, valid, skipped = [], [], Counter[str]()
         for slot, (place, is_own) in enumerate(zip(places.tolist(), own.tolist(), strict=True), start=at):
             sample, picture, captions, reason = self._usable(order, epoch, place, decode)
@@ -418,7 +424,8 @@ class CPULoader:
             use(slot, sample.key, picture)
             for view, collected in enumerate(texts):
                 collected.append(self._caption(sample.key, epoch, captions, view))
-        return Chunk([self.tokenizer.pack(view_texts) for view_texts in texts], keys, valid, skipped)
+        packed = [] if self.tokenizer is None else [self.tokenizer.pack(view_texts) for view_texts in texts]
+        return Chunk(packed, keys, valid, skipped)
 
     def _usable(
         self, order: np.ndarray, epoch: int, place: int, decode: Callable[[RawSample, int], Picture]
@@ -433,15 +440,20 @@ class CPULoader:
             index = int(order[(place + away) % self.samples])
             try:
                 sample = self._shards.read(index)
-                captions = [read_caption(sample.text)] if self.data.captions == "txt" else read_captions(sample.json)
-                return sample, decode(sample, epoch), captions, reason
+                return sample, decode(sample, epoch), self._captions(sample), reason
             except BadSampleError as error:
                 if self.data.strict:
                     raise _refused(*self._shards.locate(index), error.reason) from error
                 reason = reason or error.reason
         raise InvalidArgument(
-            f"data.train: {_SUBSTITUTES + 1} samples in a row, near and far, cannot be used, the first for: {reason}"
+            f"{self._field}: {_SUBSTITUTES + 1} samples in a row, near and far, cannot be used, the first for: {reason}"
         )
+
+    def _captions(self, sample: RawSample) -> list[str]:
+        """The captions to choose from; none for pictures alone."""
+        if self.tokenizer is None:
+            return []
+        return [read_caption(sample.text)] if self.data.captions == "txt" else read_captions(sample.json)
 
     def _caption(self, key: str, epoch: int, captions: list[str], view: int) -> str:
         if self.text is None and len(captions) == 1:

@@ -66,7 +66,7 @@ class DALILoader(CPULoader):
         data: DataConfig,
         image: ImageAugmentConfig,
         text: TextAugmentConfig | None,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         *,
         seed: int,
         rank: int = 0,

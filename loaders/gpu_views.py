@@ -46,7 +46,7 @@ class GPUViewsLoader(CPULoader):
         data: DataConfig,
         image: ImageAugmentConfig,
         text: TextAugmentConfig | None,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         *,
         seed: int,
         rank: int = 0,

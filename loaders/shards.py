@@ -106,10 +106,8 @@ class ShardSet:
         self.skipped: Counter[str] = sum((source.skipped for source in self.sources), Counter())
         counts = [len(source) for source in self.sources]
         self._ends = np.cumsum(counts)
-        expected = (
-            f"at least one sample with image and .{caption} (data.captions says which), but there are none; "
-            f"left out: {dict(self.skipped)}"
-        )
+        wanted = "an image" if caption == "none" else f"image and .{caption} (data.captions says which)"
+        expected = f"at least one sample with {wanted}, but there are none; left out: {dict(self.skipped)}"
         require(len(self) > 0, "shards", tuple(patterns), expected)
         names = [source.name for source in self.sources]
         listing = "\n".join(f"{name} {count}" for name, count in zip(names, counts, strict=True))

@@ -84,6 +84,7 @@ class Batch:
     ``keys``: per sample, ``shard/key`` as the data names it.
     ``valid``: bool (B,), False where a sample only fills up a partial batch.
     ``captions``: per sample, the raw caption, when asked for.
+    ``unpaired``: of U pictures without captions, per strong view, like images (U, 3, H, W).
     """
 
     images: tuple[Tensor, ...]
@@ -91,16 +92,21 @@ class Batch:
     keys: tuple[str, ...]
     valid: Tensor
     captions: tuple[str, ...] | None = None
+    unpaired: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return self.valid.shape[0]
 
     def split(self, parts: int) -> tuple[Batch, ...]:
-        """So many parts, whose sizes differ by one at most."""
-        ends = [len(self) * part // parts for part in range(parts + 1)]
+        """So many parts, whose sizes differ by one at most, in samples and in unpaired pictures."""
+        ends = _ends(len(self), parts)
         sizes = [end - start for start, end in pairwise(ends)]
         images = zip(*(view.split(sizes) for view in self.images), strict=True)
         texts = zip(*(view.split(sizes) for view in self.texts), strict=True)
+        unpaired = [
+            tuple(view[start:end] for view in self.unpaired)
+            for start, end in pairwise(_ends(len(self.unpaired[0]) if self.unpaired else 0, parts))
+        ]
         return tuple(
             Batch(
                 images=of_images,
@@ -108,13 +114,21 @@ class Batch:
                 keys=self.keys[start:end],
                 valid=self.valid[start:end],
                 captions=None if self.captions is None else self.captions[start:end],
+                unpaired=of_unpaired,
             )
-            for (start, end), of_images, of_texts in zip(pairwise(ends), images, texts, strict=True)
+            for (start, end), of_images, of_texts, of_unpaired in zip(
+                pairwise(ends), images, texts, unpaired, strict=True
+            )
         )
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors of the batch."""
-        return *self.images, *(part for text in self.texts for part in (text.tokens, text.lengths)), self.valid
+        return (
+            *self.images,
+            *self.unpaired,
+            *(part for text in self.texts for part in (text.tokens, text.lengths)),
+            self.valid,
+        )
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -124,7 +138,13 @@ class Batch:
             keys=self.keys,
             valid=self.valid.to(device, non_blocking=True),
             captions=self.captions,
+            unpaired=tuple(image.to(device, non_blocking=True) for image in self.unpaired),
         )
+
+
+def _ends(count: int, parts: int) -> list[int]:
+    """Where parts of near equal size begin and end."""
+    return [count * part // parts for part in range(parts + 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +152,8 @@ class Embeddings:
     """What the model gives the loss; no vector is normalised yet, scales are given after exp.
 
     ``image_z``, ``text_z``: (B, D), the weak views through head z. ``image_h``, ``text_h``: per strong view (B, D).
-    ``companion``: outputs of a self-supervised companion's heads, None where it has none.
+    ``companion``: outputs of a self-supervised companion's heads, None where it has none. ``unpaired``: what it
+    compares of pictures without captions, None where there are none.
     """
 
     image_z: Tensor
@@ -142,6 +163,7 @@ class Embeddings:
     text_h: tuple[Tensor, ...] = ()
     h_logit_scale: Tensor | None = None
     companion: CompanionOutputs | None = None
+    unpaired: UnpairedOutputs | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +179,17 @@ class CompanionOutputs:
     image_p: tuple[Tensor, ...] = ()
     text_p: tuple[Tensor, ...] = ()
     logit_scale: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnpairedOutputs:
+    """Of pictures without captions, the strong views: ``image_v`` and ``image_p`` of CompanionOutputs, (U, P) each.
+
+    Where a companion has no heads (SwALIP), ``image_v`` comes from head h.
+    """
+
+    image_v: tuple[Tensor, ...]
+    image_p: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -188,6 +188,7 @@ class TrainConfig:
         require(head is not None or strong == 0, "model.h_head", head, expected)
         expected = "strong views to train head h on (or model.h_head None)"
         require(strong > 0 or not isinstance(head, MLPHeadConfig), "image.strong", self.image.strong, expected)
+        self._check_unpaired()
         pairs = strong >= 2 or not isinstance(self.model.companion, SwALIPConfig)
         require(pairs, "image.strong", f"{strong} strong views", "2 or more, for SwALIP to label one by another")
         vision = self.model.vision
@@ -199,6 +200,15 @@ class TrainConfig:
             side = vision.image_size
             for number, view in enumerate(self.image.views):
                 require(view.size == side, f"size of view {number}", view.size, f"model.vision.image_size = {side}")
+
+    def _check_unpaired(self) -> None:
+        """Unpaired pictures need somebody who learns from them, and views to compare."""
+        if not self.data.unpaired:
+            return
+        learns = self.model.companion is not None
+        require(learns, "model.companion", None, "a companion to learn from data.unpaired (or no data.unpaired)")
+        strong, expected = len(self.image.strong), "2 or more, for the companion to compare in data.unpaired's pictures"
+        require(strong >= 2, "image.strong", f"{strong} strong views", expected)
 
     @property
     def folder(self) -> Path:

@@ -117,7 +117,7 @@ def gather_together(tensors: Sequence[Tensor], counts: Sequence[int]) -> tuple[T
         kinds.setdefault((tensor.dtype, tensor.requires_grad), []).append(index)
     gathered: dict[int, Tensor] = {}
     for indices in kinds.values():
-        gathered |= zip(indices, _Gather.apply(counts, *(tensors[i] for i in indices)), strict=True)
+        gathered |= zip(indices, _Gather.apply(counts, None, *(tensors[i] for i in indices)), strict=True)
     return tuple(gathered[i] for i in range(len(tensors)))
 
 
@@ -135,6 +135,7 @@ class AllRanks:
         self.first_row = sum(self.counts[: rank()])
         self.samples = sum(self.counts)
         self._known: dict[int, tuple[Tensor, Tensor]] = {}  # by id(), each kept alive with its tensor
+        self._constants: dict[int, tuple[Tensor, Tensor]] = {}  # likewise, without a graph
 
     def require_samples(self) -> None:
         """A sample at least on every rank, for what cannot do without; raised by all ranks, so that none waits."""
@@ -144,25 +145,41 @@ class AllRanks:
         """All ranks' rows of every tensor of every group, as ``gather_together``; none travels twice."""
         if world_size() == 1:  # compiled code, which would be made again for every other id
             return tuple(tuple(group) for group in groups)
-        new = [tensor for group in groups for tensor in group if id(tensor) not in self._known]
-        for tensor, everyone in zip(new, gather_together(new, self.counts), strict=True):
-            self._known[id(tensor)] = tensor, everyone
+        wanted = [tensor for group in groups for tensor in group if id(tensor) not in self._known]
+        new = [tensor for tensor in wanted if id(tensor) not in self._constants]
+        here = [tensor for tensor in wanted if id(tensor) in self._constants]
+        gathered = [*zip(new, gather_together(new, self.counts), strict=True)]
+        if here:
+            rows = [self._constants[id(tensor)][1] for tensor in here]
+            gathered += zip(here, _Gather.apply(self.counts, rows, *here), strict=True)
+        self._known |= {id(tensor): (tensor, everyone) for tensor, everyone in gathered}
         return tuple(tuple(self._known[id(tensor)][1] for tensor in group) for group in groups)
+
+    def constants(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """All ranks' rows of some tensors, without gradients. ``gather`` then sends nothing of them but those back."""
+        everyone = gather_together([tensor.detach() for tensor in tensors], self.counts)
+        if world_size() > 1:
+            self._constants |= {id(tensor): (tensor, rows) for tensor, rows in zip(tensors, everyone, strict=True)}
+        return everyone
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of all ranks; backward a reduce-scatter, which adds up what all ranks send to a row."""
+    """Rows of all ranks, unless ``known``; backward a reduce-scatter, which adds up what all ranks send to a row."""
 
     @staticmethod
-    def forward(ctx: Any, counts: Sequence[int], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, counts: Sequence[int], known: Sequence[Tensor] | None, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.counts, ctx.shapes = counts, [tensor.shape[1:] for tensor in tensors]
+        if known is not None:
+            return tuple(rows.detach() for rows in known)
         everyone_MC = _all_gather(_side_by_side(tensors), counts)
         return _apart(everyone_MC, ctx.shapes)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         own_NC = _reduce_scatter(_side_by_side(gradients), ctx.counts)
-        return None, *_apart(own_NC, ctx.shapes)
+        return None, None, *_apart(own_NC, ctx.shapes)
 
 
 def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rocket_fast.batch import Embeddings
-from rocket_fast.distributed import AllRanks, gather_together, sum_over_ranks, world_size
+from rocket_fast.distributed import AllRanks, sum_over_ranks, world_size
 from rocket_fast.errors import require
 from rocket_fast.kernels import ClipTerms, MultiviewClipTerms, clip_terms, multiview_clip_terms
 from rocket_fast.kernels import contrastive as operations
@@ -133,8 +133,7 @@ def _without_gradients_across(
     of; where local batches differ in size, samples of small ones thus weigh more, as they do there.
     """
     ranks.require_samples()
-    constants = [tensor.detach() for tensor in (own.image_z, own.text_z, *own.image_h, *own.text_h)]
-    image_z, text_z, *h = gather_together(constants, ranks.counts)
+    image_z, text_z, *h = ranks.constants([own.image_z, own.text_z, *own.image_h, *own.text_h])
     views = len(own.image_h)
     require_views("image_h", own.image_h, "text_h", own.text_h)
 

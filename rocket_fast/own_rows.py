@@ -6,9 +6,9 @@ W ranks, N samples on one of them, M on all. What a rank receives, multiplies an
 loss                  gathers                            products               all-reduces
 ====================  =================================  =====================  ===================================
 BarLIP                projections; nothing backward      4 of N x M x P a pair  1 + P numbers a pair
-SwALIP                texts, which CL2L has already      6 of N x M x D a pair  log-sum-exps of M columns: of both
-                      (with gather_grad); their                                 assignments in every iteration, of
-                      gradients backward                                        the predictions once
+SwALIP                texts, which CL2L has already;     6 of N x M x D a pair  log-sum-exps of M columns: of both
+                      their gradients backward                                  assignments in every iteration, of
+                                                                                the predictions once
 SwALIP, prototypes    nothing                            none                   log-sum-exps of the prototypes'
                                                                                 scores, in every iteration
 ====================  =================================  =====================  ===================================

@@ -60,9 +60,11 @@ class StepModel:
             # Not static_graph: torch then does not find the tensors of a dataclass, and averages no gradients (2.14).
             self._called = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
-    def __call__(self, images: tuple[Tensor, ...], texts: tuple[PackedText, ...]) -> Embeddings:
+    def __call__(
+        self, images: tuple[Tensor, ...], texts: tuple[PackedText, ...], unpaired: tuple[Tensor, ...] = ()
+    ) -> Embeddings:
         """As the model's ``forward``."""
-        return cast(Embeddings, self._called(images, texts))
+        return cast(Embeddings, self._called(images, texts, unpaired))
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -31,6 +31,7 @@ TYPICAL_TOKENS = 16
 class Cost:
     """Parameters, and forward FLOPs (2 per multiply-add) of one sample in all its views.
 
+    A sample's share of the unpaired pictures beside it, their strong views, is counted with it.
     ``head_*``: heads z and h and the companion's. ``momentum_*``: BYOLIP's averaged encoder, whose parameters are not
     trained and which has no backward pass; 0 elsewhere. Texts have ``tokens`` tokens, except in
     ``text_flops_full``.
@@ -72,17 +73,26 @@ def cost(config: TrainConfig, *, tokens: int = TYPICAL_TOKENS) -> Cost:
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         parameter.requires_grad_(False).zero_()  # whatever is there may be slow to compute with
-    image_flops = sum(sizes.count(size) * _image_flops(model, size) for size in dict.fromkeys(sizes))
+    share, strong = unpaired_share(config), sizes[1:]
+    image_flops = round(
+        sum(
+            (sizes.count(size) + share * strong.count(size)) * _image_flops(model, size)
+            for size in dict.fromkeys(sizes)
+        )
+    )
     tokens = min(tokens, config.model.text.context_length)
     text_flops = len(sizes) * _text_flops(model.text, tokens)
     features = [
         *(torch.zeros(1, model.visual.width) for _ in sizes),
         *(torch.zeros(1, model.text.width) for _ in sizes),
     ]
-    projector_flops = 0
+    alone = [torch.zeros(1, model.visual.width) for _ in strong]
+    projector_flops = 0.0
     if projectors:
         assert isinstance(model.companion, SiamLIPHeads)
         projector_flops = _flops(_Projectors(model.companion), features)
+        if share:
+            projector_flops += share * _flops(_UnpairedProjector(model.companion), alone)
     return Cost(
         image_parameters=_count(model.visual),
         text_parameters=_count(model.text),
@@ -91,11 +101,17 @@ def cost(config: TrainConfig, *, tokens: int = TYPICAL_TOKENS) -> Cost:
         image_flops=image_flops,
         text_flops=text_flops,
         text_flops_full=len(sizes) * _text_flops(model.text, config.model.text.context_length),
-        head_flops=_flops(Heads(model), features),
-        momentum_flops=image_flops + text_flops + projector_flops if projectors else 0,
+        head_flops=_flops(Heads(model), features)
+        + (round(share * _flops(UnpairedHeads(model), alone)) if share else 0),
+        momentum_flops=image_flops + text_flops + round(projector_flops) if projectors else 0,
         views=len(sizes),
         tokens=tokens,
     )
+
+
+def unpaired_share(config: TrainConfig) -> float:
+    """Unpaired pictures to each sample of a batch."""
+    return config.data.unpaired_batch / config.data.batch_size
 
 
 def without_checkpointing(config: CLIPConfig) -> CLIPConfig:
@@ -147,6 +163,30 @@ class Heads(nn.Module):
             found += [] if head is None else [head(view) for view in own[1:]]
         outputs = None if model.companion is None else model.companion(image, text)
         return found + list(_tensors(outputs))
+
+
+class UnpairedHeads(nn.Module):
+    """What DualEncoder.forward does after the towers with unpaired pictures."""
+
+    def __init__(self, model: DualEncoder) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *features: Tensor) -> list[Tensor]:
+        """Features of all strong views."""
+        return list(_tensors(self.model.of_unpaired(features)))
+
+
+class _UnpairedProjector(nn.Module):
+    """What BYOLIP's averaged encoder has for them beside the tower."""
+
+    def __init__(self, heads: SiamLIPHeads) -> None:
+        super().__init__()
+        self.image = heads.image_projector
+
+    def forward(self, *features: Tensor) -> list[Tensor]:
+        """As ``UnpairedHeads``."""
+        return list(self.image.of_strong(features))
 
 
 class _Projectors(nn.Module):

@@ -21,7 +21,7 @@ from rocket_fast.exchange import WORKSPACE_MIB, one_sided_pays
 from rocket_fast.models.attention import Checkpointing
 from rocket_fast.models.heads import BarLIPConfig, SwALIPConfig
 from rocket_fast.models.vision import ViTConfig
-from rocket_fast.plan import TYPICAL_TOKENS, Cost, cost
+from rocket_fast.plan import TYPICAL_TOKENS, Cost, cost, unpaired_share
 from rocket_fast.volume import Numbers, Part, Style, Volume, volume
 
 LINK = 0.7
@@ -88,8 +88,9 @@ class Workload:
 
     @property
     def preparing(self) -> float:
-        """Seconds of a CPU core for a sample: decoding its picture, making its views."""
-        return DECODE_SECONDS + VIEW_SECONDS * self.volume.pixels / (3 * 224**2)
+        """Seconds of a CPU core for a sample: decoding its picture (and unpaired ones beside it), making views."""
+        decoded = 1 + unpaired_share(self.config)
+        return decoded * DECODE_SECONDS + VIEW_SECONDS * self.volume.pixels / (3 * 224**2)
 
     @property
     def itemsize(self) -> int:

@@ -249,6 +249,13 @@ def demo_clip() -> TrainConfig:
     )
 
 
+def demo_siamlip() -> TrainConfig:
+    """The demo with SiamLIP beside it: how a companion trains, on a laptop."""
+    base = demo()
+    companion = SiamLIPConfig(hidden=256, out=64, predictor_hidden=256)
+    return replace(base, name=f"{base.name}-siamlip", model=replace(base.model, companion=companion))
+
+
 def debug() -> TrainConfig:
     """A few seconds of the demo on a tiny network, to see that everything works."""
     base = demo()
@@ -281,12 +288,18 @@ def _published() -> dict[str, Callable[[], TrainConfig]]:
     return made
 
 
-PRESETS: dict[str, Callable[[], TrainConfig]] = {"demo": demo, "demo-clip": demo_clip, "debug": debug, **_published()}
+SMALL: dict[str, Callable[[], TrainConfig]] = {
+    "demo": demo,
+    "demo-clip": demo_clip,
+    "demo-siamlip": demo_siamlip,
+    "debug": debug,
+}
+PRESETS: dict[str, Callable[[], TrainConfig]] = {**SMALL, **_published()}
 
 
 def overview() -> list[tuple[str, str]]:
     """(names, meaning) in a screenful: the presets on their own, then the grid of published ones by their parts."""
-    single = [(name, _first_line(make)) for name, make in (("demo", demo), ("demo-clip", demo_clip), ("debug", debug))]
+    single = [(name, _first_line(make)) for name, make in SMALL.items()]
     grid = [(f"{{{','.join(BACKBONES)}}}-{{cc3m,cc12m,yfcc}}, rn50-29m", _first_line(improved))]
     return single + grid + [(f"...-{suffix}", _first_line(vary)) for suffix, vary in VARIANTS.items()]
 

@@ -134,6 +134,11 @@ class Trainer:
         own, parts = config.data.batch_size // world_size(), config.loop.accumulation
         expected = f"1, or at most {own // 2}: a process has {own} samples, and a micro-batch needs two"
         require(parts == 1 or 2 * parts <= own, "loop.accumulation", parts, expected)
+        alone = config.data.unpaired_batch // world_size()
+        expected = f"a smaller number: a process has {alone} unpaired pictures, and a micro-batch needs two"
+        require(
+            not config.data.unpaired or 2 * parts <= alone, "data.unpaired_ratio", config.data.unpaired_ratio, expected
+        )
         self.loader, self.loading = open_loader(
             config.data,
             config.image,
@@ -273,9 +278,9 @@ class Trainer:
         return output
 
     def _embed(self, batch: Batch) -> Embeddings:
-        images = tuple(normalize(image) for image in batch.images)
+        images, unpaired = (tuple(normalize(image) for image in views) for views in (batch.images, batch.unpaired))
         with self.autocast:
-            return self.parallel(images, batch.texts)
+            return self.parallel(images, batch.texts, unpaired)
 
     def _loss(self, embeddings: Embeddings) -> LossOutput:
         """The objective's output; what is differentiated is scaled, in fp16."""

@@ -19,7 +19,7 @@ from rocket_fast.models.attention import Checkpointing
 from rocket_fast.models.clip import DualEncoder
 from rocket_fast.models.heads import MLPHead
 from rocket_fast.models.vision import ViTConfig
-from rocket_fast.plan import Heads, without_checkpointing
+from rocket_fast.plan import Heads, UnpairedHeads, unpaired_share, without_checkpointing
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class Blocks:
     layers: int
     width: int
     mlp_width: int
-    tokens: int
-    weights: int
+    tokens: float
+    weights: float
     quick_gelu: bool
 
     def kept(self, policy: Checkpointing, style: Style) -> Numbers:
@@ -138,46 +138,69 @@ class Part:
     batch_norms: int = 0
     layers: int = 0
 
+    def beside(self, other: Part, share: float) -> Part:
+        """With ``share`` of another's sample to each of this one's."""
+        if not share:
+            return self
+        widest = max(self.working, other.working * share, key=lambda numbers: numbers.computed)
+        return Part(
+            kept=self.kept + other.kept * share,
+            working=widest,
+            moved=self.moved + other.moved * share,
+            batch_norms=self.batch_norms + other.batch_norms,
+            layers=self.layers + other.layers,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Volume:
-    """Of one sample; ``pixels``: numbers of its pictures in all views."""
+    """Of one sample, with its share of unpaired pictures; ``pixels``: numbers of its pictures in all views."""
 
     image: Part
     text: Part
     heads: Part
-    pixels: int
+    pixels: float
 
 
 def volume(config: TrainConfig, *, tokens: int) -> Volume:
     """Count; every caption has ``tokens`` tokens."""
-    sizes = [view.size for view in config.image.views]
+    sizes, share = [view.size for view in config.image.views], unpaired_share(config)
+    shares = [(size, 1.0) for size in sizes] + [(size, share) for size in sizes[1:] if share]
     with torch.device("meta"):
         model = DualEncoder(without_checkpointing(config.model)).train()
         features = [torch.zeros(2, width) for width in (model.visual.width, model.text.width) for _ in sizes]
         pictures = [torch.zeros(2, 3, size, size) for size in sizes]
-    vision = config.model.vision
+    vision, heads = config.model.vision, _counted(Heads(model), features, together=True)
+    image = _vit(vision, shares) if isinstance(vision, ViTConfig) else _counted(model.visual, pictures)
+    if share:
+        heads = heads.beside(_counted(UnpairedHeads(model), features[1 : len(sizes)], together=True), share)
+        image = image if image.blocks else image.beside(_counted(model.visual, pictures[1:]), share)
     return Volume(
-        image=_vit(vision, sizes) if isinstance(vision, ViTConfig) else _counted(model.visual, pictures),
+        image=image,
         text=_text(config, len(sizes), min(tokens, config.model.text.context_length)),
-        heads=_counted(Heads(model), features, together=True),
-        pixels=3 * sum(size**2 for size in sizes),
+        heads=heads,
+        pixels=_pixels(shares),
     )
 
 
-def _vit(vision: ViTConfig, sizes: Sequence[int]) -> Part:
-    patches = [(size // vision.patch_size) ** 2 for size in sizes]
+def _pixels(shares: Sequence[tuple[int, float]]) -> float:
+    return 3 * sum(share * size**2 for size, share in shares)
+
+
+def _vit(vision: ViTConfig, shares: Sequence[tuple[int, float]]) -> Part:
+    """Of views of these sizes, each with how many a sample has of it."""
+    patches = [(size // vision.patch_size) ** 2 for size, _ in shares]
     lengths = [1 + (count if vision.patch_keep == 1 else max(1, round(vision.patch_keep * count))) for count in patches]
     blocks = Blocks(
         layers=vision.layers,
         width=vision.width,
         mlp_width=round(vision.width * vision.mlp_ratio),
-        tokens=sum(lengths),
-        weights=vision.heads * sum(length**2 for length in lengths),
+        tokens=sum(length * share for length, (_, share) in zip(lengths, shares, strict=True)),
+        weights=vision.heads * sum(length**2 * share for length, (_, share) in zip(lengths, shares, strict=True)),
         quick_gelu=vision.activation == "quick_gelu",
     )
     # Pictures normalised, put side by side and cast; tokens of patches, positions added, class token before them.
-    pixels = 3 * sum(size**2 for size in sizes)
+    pixels = _pixels(shares)
     moved = Numbers(5 * pixels + 7 * blocks.tokens * vision.width, pixels + 2 * blocks.tokens * vision.width)
     return Part(blocks=blocks, moved=moved, layers=4)
 

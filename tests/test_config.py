@@ -11,6 +11,7 @@ from rocket_fast.config import (
     EvalConfig,
     EvalSet,
     LoopConfig,
+    TrainConfig,
     differences,
     from_plain,
     load_config,
@@ -82,6 +83,11 @@ def test_provenance_says_what_ran():
     assert record["rocket_fast"]
 
 
+def with_unpaired(name: str) -> TrainConfig:
+    base = preset(name)
+    return replace(base, data=replace(base.data, unpaired=("pictures",)))
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -96,6 +102,11 @@ def test_provenance_says_what_ran():
         (lambda: EvalConfig(z_weight=2), "eval.z_weight: got 2"),
         (lambda: EvalConfig(sets=(EvalSet(name="x", shards=("a",)),) * 2), "eval.sets: got"),
         (lambda: replace(preset("demo"), name="a/b"), "name: got 'a/b'"),
+        (lambda: with_unpaired("rn50-cc3m"), "model.companion: got None, expected a companion to learn from"),
+        (
+            lambda: with_unpaired("rn50-cc3m-swalip-prototypes"),
+            "image.strong: got '0 strong views', expected 2 or more",
+        ),
     ],
 )
 def test_bad_values_are_named(build, message: str):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from rocket_fast.batch import CompanionOutputs, Embeddings
+from rocket_fast.batch import CompanionOutputs, Embeddings, UnpairedOutputs
+from rocket_fast.kernels import reference
 from rocket_fast.losses import LossConfig, build_loss
 from rocket_fast.models.heads import (
     BarLIPConfig,
@@ -133,6 +137,61 @@ def test_companion_hyperparameters_reach_the_loss() -> None:
         torch.testing.assert_close(added(kind(weight=2.0)), 4 * added(kind(weight=0.5)))
         assert not torch.allclose(added(kind(epsilon=0.5)), added(kind(epsilon=0.05)))
         assert not torch.allclose(added(kind(iterations=1)), added(kind(iterations=3)))
+
+
+def views_of_pictures(count: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    generator = torch.Generator().manual_seed(count)
+    v, p = torch.randn(2, count, 7, 5, generator=generator, dtype=torch.float64).unbind()
+    return tuple(view.requires_grad_() for view in v), tuple(view.requires_grad_() for view in p)
+
+
+def soft_cross_entropy(logits_NM: Tensor, target_NM: Tensor) -> Tensor:
+    return -(target_NM * logits_NM.log_softmax(1)).sum(1).mean()
+
+
+def dense_views_loss(config: CompanionConfig, v: tuple[Tensor, ...], p: tuple[Tensor, ...], scale: Tensor) -> Tensor:
+    """A companion's loss of unpaired pictures as its words have it, pair by pair."""
+    terms = []
+    for i, j in itertools.permutations(range(len(v)), 2):
+        if isinstance(config, SiamLIPConfig):
+            terms.append(2 - 2 * F.cosine_similarity(p[i], v[j].detach()).mean())
+        elif isinstance(config, BarLIPConfig):
+            terms.append(reference.barlow_loss(v[i], v[j], lambda_=config.lambda_, scale=config.scale))
+        elif isinstance(config, SwALIPConfig):
+            cosines = F.normalize(v[i]) @ F.normalize(v[j]).T
+            labels = reference.sinkhorn(cosines.T, epsilon=config.epsilon, iterations=config.iterations)
+            terms.append(soft_cross_entropy(scale * cosines, labels))
+        else:
+            labels = reference.sinkhorn(p[j], epsilon=config.epsilon, iterations=config.iterations)
+            terms.append(soft_cross_entropy(scale * p[i], labels))
+    return torch.stack(terms).mean()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("name", COMPANIONS)
+def test_unpaired_pictures_add_the_companions_loss_between_their_views(name: str, count: int) -> None:
+    config = COMPANIONS[name]
+    scale = torch.tensor(6.0, dtype=torch.float64, requires_grad=True)
+    heads = CompanionOutputs(
+        **dict.fromkeys(("image_v", "text_v", "image_p", "text_p"), (torch.randn(5, 4), torch.randn(5, 4))),
+        logit_scale=scale,
+    )
+    v, p = views_of_pictures(count)
+    alone = replace(some_embeddings(2, heads), h_logit_scale=scale.detach())
+    beside = replace(some_embeddings(2, heads), h_logit_scale=scale, unpaired=UnpairedOutputs(image_v=v, image_p=p))
+    objective = build_loss(LossConfig(), config)
+    without, output = objective(alone), objective(beside)
+    expected = dense_views_loss(config, v, p, scale)
+    torch.testing.assert_close(output.metrics["unpaired_loss"], expected.detach(), rtol=1e-10, atol=0)
+    weight = getattr(config, "weight", 1.0)
+    torch.testing.assert_close(output.total.double(), without.total.double() + weight * expected, rtol=1e-6, atol=0)
+    assert {name: value for name, value in output.metrics.items() if name not in ("loss", "unpaired_loss")} == {
+        name: value for name, value in without.metrics.items() if name != "loss"
+    }, "nothing else sees them"
+    wanted = torch.autograd.grad(weight * expected, (*v, *p), allow_unused=True, materialize_grads=True)
+    found = torch.autograd.grad(output.total, (*v, *p), allow_unused=True, materialize_grads=True)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+    assert any(gradient.any() for gradient in found)
 
 
 def test_errors_say_what_is_wrong() -> None:

@@ -84,6 +84,28 @@ def test_heads_count_once_a_view_and_an_averaged_encoder_without_backward(
     assert figures.training_flops == 3 * (forward + figures.head_flops) + figures.momentum_flops
 
 
+@pytest.mark.parametrize("name", ["vits16-yfcc", "vits16-yfcc-siamlip", "vits16-yfcc-byolip", "vits16-yfcc-swalip"])
+def test_unpaired_pictures_count_with_the_samples_they_are_beside(name: str):
+    config = preset(name)
+    if name == "vits16-yfcc":
+        config = tiny(h_head=MLPHeadConfig(hidden=32), companion=BarLIPConfig(hidden=10, out=14))
+    strong, views = len(config.image.strong), len(config.image.views)
+    alone = cost(config)
+    beside = cost(replace(config, data=replace(config.data, unpaired=("pictures",), unpaired_ratio=2)))
+    share = strong / 2  # views of unpaired pictures to a sample
+    assert beside.image_flops == round(alone.image_flops * (1 + share / views))
+    width, companion = config.model.vision.width, config.model.companion
+    projector = mlp(width, companion.hidden, companion.out) if isinstance(companion, SiamLIPConfig) else 0
+    predictor = mlp(companion.out, companion.predictor_hidden, companion.out) if projector else 0
+    heads = {"vits16-yfcc": mlp(16, 10, 10, 14), "vits16-yfcc-swalip": mlp(width, 4096, 4096, 256)}
+    assert beside.head_flops - alone.head_flops == share * heads.get(name, projector + predictor)
+    assert beside.text_flops == alone.text_flops
+    if alone.momentum_flops:
+        own = beside.image_flops - alone.image_flops + share * projector
+        assert beside.momentum_flops - alone.momentum_flops == own
+    assert beside.training_flops > alone.training_flops
+
+
 def test_head_z_alone_and_shared():
     assert cost(tiny(views=1, h_head=None)).head_flops == Z
     assert cost(tiny(h_head=SharedHeadConfig())).head_flops == 3 * Z

@@ -113,6 +113,22 @@ def test_volume_of_a_tiny_configuration_by_hand():
     assert found.heads.moved == Numbers(0, 2 * 2 * 2 * 10 * 32)  # ten passes over 32 each
 
 
+def test_unpaired_pictures_add_their_share():
+    for vision in (tiny().model.vision, TimmConfig(name="convnext_tiny")):
+        base = tiny()
+        base = replace(base, model=replace(base.model, vision=vision, companion=BarLIPConfig(hidden=10, out=14)))
+        beside = replace(base, data=replace(base.data, unpaired=("pictures",), unpaired_ratio=4))
+        alone, found = volume(base, tokens=10), volume(beside, tokens=10)
+        more = 1 + 2 / 3 / 4  # two strong views beside three
+        assert found.pixels == pytest.approx(more * alone.pixels)
+        assert found.image.moved.bytes(2) == pytest.approx(more * alone.image.moved.bytes(2), rel=0.02)
+        assert found.image.kept.bytes(2) == pytest.approx(more * alone.image.kept.bytes(2), rel=0.02)
+        assert found.heads.kept.bytes(2) > alone.heads.kept.bytes(2)
+        if found.image.blocks is not None:
+            assert found.image.blocks.tokens == pytest.approx(more * alone.image.blocks.tokens)
+        assert Workload.of(beside).preparing > 1.15 * Workload.of(base).preparing
+
+
 def test_kept_patches_and_convolutions_are_counted():
     config = tiny(1)
     half = replace(config, model=replace(config.model, vision=replace(config.model.vision, patch_keep=0.5)))

@@ -41,10 +41,15 @@ GRID = [(b, d) for b in VISION for d in ("cc3m", "cc12m", "yfcc")] + [("rn50", "
 
 def test_the_list_is_complete():
     suffixes = ("", "-clip", *(f"-{name}" for name in COMPANIONS))
-    expected = {f"{b}-{d}{suffix}" for b, d in GRID for suffix in suffixes} | {"demo", "demo-clip", "debug"}
+    expected = {f"{b}-{d}{suffix}" for b, d in GRID for suffix in suffixes} | {
+        "demo",
+        "demo-clip",
+        "demo-siamlip",
+        "debug",
+    }
     expected |= {f"{b}-{d}-fast" for b, d in GRID if b.startswith("vit")}
     assert set(PRESETS) == expected
-    assert len(overview()) == 3 + 1 + len(COMPANIONS) + 2
+    assert len(overview()) == 4 + 1 + len(COMPANIONS) + 2
 
 
 @pytest.mark.parametrize(("backbone", "data"), GRID)

@@ -8,13 +8,14 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-CaptionMember = Literal["txt", "json"]
+CaptionMember = Literal["txt", "json", "none"]
+"""Where a sample's captions are; none: pictures alone are wanted, with or without."""
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jpe", "jfif"})
 
 
 @dataclass(frozen=True)
 class RawSample:
-    """One sample's undecoded bytes, under ``key`` (``shard/key``); the caption is in ``text`` or in ``json``."""
+    """One sample's undecoded bytes, under ``key`` (``shard/key``); any caption wanted is in ``text`` or ``json``."""
 
     key: str
     image: bytes

@@ -14,6 +14,7 @@ import numpy as np
 from rocket_fast.errors import require
 from rocket_fast.loaders.base import BadSampleError
 from rocket_fast.loaders.sources import CaptionMember, RawSample, Skipped
+from rocket_fast.loaders.sources.table import raw_sample
 from rocket_fast.loaders.sources.webdataset import FileCache
 
 VERSION = 2  # of FFCV's format; FFCV 1.0.2 knows no other
@@ -45,8 +46,9 @@ def picture_arguments(caption: CaptionMember) -> np.ndarray:
 class BetonSource:
     """One .beton of ``write_beton``'s: sample i's picture under the key it had where it was taken from.
 
-    ``caption`` is what the file's captions have to be. Raises ValueError for a file that is no .beton, that another
-    version of FFCV or another program wrote, or whose captions are of the other kind; OSError if it cannot be read.
+    ``caption`` is what the file's captions have to be, if they are wanted. Raises ValueError for a file that is no
+    .beton, that another version of FFCV or another program wrote, or whose captions are of the other kind; OSError if
+    it cannot be read.
     ``skipped`` counts the samples beyond the end of a file cut short.
     """
 
@@ -83,9 +85,7 @@ class BetonSource:
         if len(data) < image + key + caption:
             raise BadSampleError("shard cut short")
         name, text = data[image : image + key].decode("utf-8", "surrogateescape"), data[image + key :]
-        if self._caption == "txt":
-            return RawSample(name, data[:image], text, None)
-        return RawSample(name, data[:image], None, text)
+        return raw_sample(name, data[:image], text, self._caption)
 
 
 def _read_head(path: Path, end: int, caption: CaptionMember) -> int:
@@ -106,7 +106,7 @@ def _read_head(path: Path, end: int, caption: CaptionMember) -> int:
     stored = arguments.removeprefix(_MARK).decode("ascii", "replace")
     kinds = {"txt": "txt", "json": "several"}
     expected = f"{kinds.get(stored)!r}, which the file was written with"
-    require(stored == caption, "data.captions", kinds[caption], expected)
+    require(caption in ("none", stored), "data.captions", kinds.get(caption), expected)
     table = HEADER.itemsize + fields * DESCRIPTOR.itemsize + samples * SAMPLE.itemsize
     if table > end:
         raise ValueError(f"it is cut short within its index: it has {end} bytes, the index takes {table}")

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rocket_fast.loaders.sources.table import (
-    CAPTION_COLUMNS,
     IMAGE_COLUMNS,
     FileSource,
     Row,
     SourceOptions,
+    pick_caption_column,
     pick_column,
     row_key,
 )
@@ -31,10 +31,11 @@ def csv_rows(path: Path, options: SourceOptions) -> Iterator[Row]:
         try:
             header = next(reader, [])
             image = header.index(pick_column(header, options.image_column, IMAGE_COLUMNS, "image_column"))
-            caption = header.index(pick_column(header, options.caption_column, CAPTION_COLUMNS, "caption_column"))
+            name = pick_caption_column(header, options)
+            captions = slice(0) if name is None else slice(header.index(name), header.index(name) + 1)
             for number, cells in enumerate(reader):
                 if cells:
                     cells += [""] * (image + 1 - len(cells))
-                    yield Row(row_key(number), cells[image], cells[caption : caption + 1])
+                    yield Row(row_key(number), cells[image], cells[captions])
         except csv.Error as error:
             raise ValueError(f"line {reader.line_num}: {error}") from error

@@ -14,6 +14,7 @@ from rocket_fast.loaders.sources.json import jsonl_rows
 from rocket_fast.loaders.sources.table import FileSource, SourceOptions, Strings, caption_bytes, raw_sample, read_whole
 
 _METADATA = {"metadata.csv": csv_rows, "metadata.jsonl": jsonl_rows}
+_SUFFIXES: dict[CaptionMember, tuple[str, ...]] = {"txt": ("txt",), "json": ("json", "txt"), "none": ()}
 
 
 def open_folder(path: Path, options: SourceOptions) -> Source:
@@ -28,6 +29,7 @@ def open_folder(path: Path, options: SourceOptions) -> Source:
 
 class FolderSource:
     """``a.jpg`` with its caption in ``a.txt``, or its captions in ``a.json`` as in tars (if none, ``a.txt``).
+    Where no captions are wanted, any picture.
 
     The key is the picture's path in the folder. Hidden files and folders are left out, linked folders not followed.
     """
@@ -37,7 +39,7 @@ class FolderSource:
     def __init__(self, path: Path, member: CaptionMember) -> None:
         self.name, self.skipped = path.resolve().name, Skipped()
         self._root, self._member, self._pictures = str(path), member, Strings()
-        suffixes = ("txt",) if member == "txt" else ("json", "txt")
+        suffixes = _SUFFIXES[member]
         self._caption_suffixes = bytearray()
         for folder, subfolders, files in os.walk(path):
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
@@ -48,11 +50,11 @@ class FolderSource:
                     continue
                 relative = os.path.relpath(os.path.join(folder, name), path)
                 number = next((i for i, kind in enumerate(suffixes) if f"{stem}.{kind}" in there), None)
-                if number is None:
+                if number is None and suffixes:
                     self.skipped.add("no caption", relative)
                     continue
                 self._pictures.append(os.fsencode(relative))
-                self._caption_suffixes.append(number)
+                self._caption_suffixes.append(number or 0)
         self._suffixes = suffixes
 
     def __len__(self) -> int:
@@ -65,8 +67,10 @@ class FolderSource:
     def read(self, index: int) -> RawSample:
         """Sample ``index``'s bytes; BadSampleError if picture or caption cannot be read."""
         picture = os.fsdecode(self._pictures[index])
-        suffix = self._suffixes[self._caption_suffixes[index]]
         image = read_whole(os.path.join(self._root, picture), "image")
+        if not self._suffixes:
+            return raw_sample(self.key(index), image, b"", self._member)
+        suffix = self._suffixes[self._caption_suffixes[index]]
         caption = read_whole(os.path.join(self._root, f"{picture.rpartition('.')[0]}.{suffix}"), "caption")
         if self._member == "json" and suffix == "txt":
             caption = caption_bytes([caption.decode("utf-8-sig", "surrogateescape")], "json")

@@ -9,11 +9,11 @@ from typing import Any
 
 from rocket_fast.errors import require
 from rocket_fast.loaders.sources.table import (
-    CAPTION_COLUMNS,
     IMAGE_COLUMNS,
     FileSource,
     Row,
     SourceOptions,
+    pick_caption_column,
     pick_column,
     row_key,
 )
@@ -37,7 +37,8 @@ def jsonl_rows(path: Path, options: SourceOptions) -> Iterator[Row | None]:
 
 def record_rows(records: Iterable[Any], options: SourceOptions) -> Iterator[Row | None]:
     """Rows of records that name their fields; the first one tells which are read, a caption may be a list of them."""
-    image = caption = ""
+    image = ""
+    caption: str | None = None
     for number, record in enumerate(records):
         if not isinstance(record, dict):
             yield None
@@ -45,8 +46,8 @@ def record_rows(records: Iterable[Any], options: SourceOptions) -> Iterator[Row 
         if not image:
             names = list(record)
             image = pick_column(names, options.image_column, IMAGE_COLUMNS, "image_column")
-            caption = pick_column(names, options.caption_column, CAPTION_COLUMNS, "caption_column")
-        captions = record.get(caption)
+            caption = pick_caption_column(names, options)
+        captions = None if caption is None else record.get(caption)
         yield Row(row_key(number), str(record.get(image, "")), captions if isinstance(captions, list) else [captions])
 
 

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ from rocket_fast.errors import optional_import, require
 from rocket_fast.loaders.base import BadSampleError
 from rocket_fast.loaders.sources import RawSample, Skipped, Source
 from rocket_fast.loaders.sources.table import (
-    CAPTION_COLUMNS,
     IMAGE_COLUMNS,
     FileSource,
     Row,
     SourceOptions,
     Strings,
     caption_bytes,
+    pick_caption_column,
     pick_column,
     raw_sample,
     read_whole,
@@ -70,7 +71,7 @@ def open_parquet(path: Path, options: SourceOptions) -> Source:
     with parquet.ParquetFile(path) as file:
         schema = file.schema_arrow
         image = pick_column(schema.names, options.image_column, _IMAGES, "image_column")
-        caption = pick_column(schema.names, options.caption_column, CAPTION_COLUMNS, "caption_column")
+        caption = pick_caption_column(schema.names, options)
         kind = schema.field(image).type
         if _is_text(arrow, kind):
             rows = _file_rows(file, image, caption)
@@ -92,18 +93,24 @@ def _captions(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _file_rows(file: Any, image: str, caption: str) -> Iterator[Row]:
-    number = 0
-    for batch in file.iter_batches(batch_size=_ROWS, columns=[image, caption]):
-        for picture, captions in zip(batch.column(image).to_pylist(), batch.column(caption).to_pylist(), strict=True):
-            yield Row(row_key(number), picture or "", _captions(captions))
-            number += 1
+def _values(file: Any, column: str | None) -> Iterator[Any]:
+    """Row by row what a column holds, or None without one."""
+    if column is None:
+        yield from repeat(None, file.metadata.num_rows)
+        return
+    for batch in file.iter_batches(batch_size=_ROWS, columns=[column]):
+        yield from batch.column(column).to_pylist()
+
+
+def _file_rows(file: Any, image: str, caption: str | None) -> Iterator[Row]:
+    for number, (picture, captions) in enumerate(zip(_values(file, image), _values(file, caption), strict=True)):
+        yield Row(row_key(number), picture or "", _captions(captions))
 
 
 class ParquetSource:
     """Pictures in the file. They are read by whole row groups: an order that jumps about is slow, see ``blocks``."""
 
-    def __init__(self, path: Path, file: Any, image: str, caption: str, options: SourceOptions) -> None:
+    def __init__(self, path: Path, file: Any, image: str, caption: str | None, options: SourceOptions) -> None:
         self.name, self.skipped = path.stem, Skipped()
         self._path, self._column, self._member, self._metadata = path, image, options.caption, file.metadata
         self._files = options.files
@@ -111,15 +118,12 @@ class ParquetSource:
         counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         self._starts = np.cumsum([0, *counts])
         self._captions, rows = Strings(), array("q")
-        number = 0
-        for batch in file.iter_batches(batch_size=_ROWS, columns=[caption]):
-            for value in batch.column(caption).to_pylist():
-                try:
-                    self._captions.append(caption_bytes(_captions(value), options.caption))
-                    rows.append(number)
-                except BadSampleError as error:
-                    self.skipped.add(error.reason, row_key(number))
-                number += 1
+        for number, value in enumerate(_values(file, caption)):
+            try:
+                self._captions.append(caption_bytes(_captions(value), options.caption))
+                rows.append(number)
+            except BadSampleError as error:
+                self.skipped.add(error.reason, row_key(number))
         self._rows = np.array(rows, dtype=np.int64)
         self.blocks: np.ndarray | None = np.searchsorted(self._starts, self._rows, side="right") - 1
 

@@ -72,8 +72,20 @@ def pick_column(names: Sequence[str], wanted: str | None, known: Sequence[str], 
     return found
 
 
+def pick_caption_column(names: Sequence[str], options: SourceOptions) -> str | None:
+    """``pick_column`` for captions; None where none are wanted."""
+    if options.caption == "none":
+        return None
+    return pick_column(names, options.caption_column, CAPTION_COLUMNS, "caption_column")
+
+
 def caption_bytes(captions: Iterable[object], member: CaptionMember) -> bytes:
-    """The first caption as a .txt member holds it, or all of them as the .json member; BadSampleError without any."""
+    """The first caption as a .txt member holds it, or all of them as the .json member; BadSampleError without any.
+
+    Nothing where none are wanted.
+    """
+    if member == "none":
+        return b""
     texts = [text.strip() for text in captions if isinstance(text, str)]
     if not texts:
         raise BadSampleError("no caption")
@@ -96,7 +108,7 @@ def _is_unicode(text: str) -> bool:
 
 def raw_sample(key: str, image: bytes, caption: bytes, member: CaptionMember) -> RawSample:
     """A sample whose ``caption`` is in the given member."""
-    return RawSample(key, image, *((caption, None) if member == "txt" else (None, caption)))
+    return RawSample(key, image, caption if member == "txt" else None, caption if member == "json" else None)
 
 
 def read_whole(path: str, what: str) -> bytes:

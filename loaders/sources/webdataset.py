@@ -28,6 +28,7 @@ _WAITS = (0.1, 0.3, 0.6)  # seconds before a file that could not be read is trie
 _LOST_FOR = 30.0  # seconds in which it then is not
 _ABSENT = -1
 _IMAGE, _TEXT, _JSON = 0, 1, 2
+_NEEDED: dict[CaptionMember, list[int]] = {"txt": [_IMAGE, _TEXT], "json": [_IMAGE, _JSON], "none": [_IMAGE]}
 Result = TypeVar("Result")
 
 
@@ -162,8 +163,8 @@ def scan_tar(path: Path, files: FileCache) -> TarIndex:
 class TarSource:
     """One tar, indexed: sample i's image and its text or json bytes.
 
-    ``caption`` is the member that a sample must have besides its image; other members are ignored. ``index`` is that
-    of the tar as it is now, if there is one; otherwise the headers are read.
+    ``caption`` is the member that a sample must have besides its image, if any; other members are ignored. ``index`` is
+    that of the tar as it is now, if there is one; otherwise the headers are read.
     Raises ValueError if the file is not a tar, OSError if it cannot be read. ``skipped`` counts by reason: samples
     without an image or caption member, members that repeat a name, and a shard whose rest is damaged.
     """
@@ -175,17 +176,18 @@ class TarSource:
     ) -> None:
         self.path, self.name, self.skipped, self._files = path, path.stem, Skipped(), files
         index = scan_tar(path, files) if index is None else index
-        needed, unwanted = (_TEXT, _JSON) if caption == "txt" else (_JSON, _TEXT)
+        needed = _NEEDED[caption]
         offset = index.places[:, :, 0]
-        pictured, captioned = offset[:, _IMAGE] != _ABSENT, offset[:, needed] != _ABSENT
-        usable = np.flatnonzero(pictured & captioned)
-        usable = usable[np.argsort(np.minimum(offset[usable, _IMAGE], offset[usable, needed]), kind="stable")]
+        there = offset != _ABSENT
+        usable = np.flatnonzero(there[:, needed].all(axis=1))
+        usable = usable[np.argsort(offset[usable][:, needed].min(axis=1), kind="stable")]
         self._keys, self._places = index.keys[usable], index.places[usable]
-        self._places[:, unwanted] = _ABSENT, 0
-        repeated = index.repeated[_IMAGE] + index.repeated[needed]
+        self._places[:, [kind for kind in (_IMAGE, _TEXT, _JSON) if kind not in needed]] = _ABSENT, 0
+        repeated = sum(index.repeated[kind] for kind in needed)
         if repeated:
             self.skipped.add("repeated member", "a name that comes twice", repeated)
-        for reason, lacking in (("no image", captioned & ~pictured), ("no caption", pictured & ~captioned)):
+        for reason, kind in zip(("no image", "no caption"), needed, strict=False):
+            lacking = there[:, needed].any(axis=1) & ~there[:, kind]
             if lacking.any():
                 self.skipped.add(reason, _decoded(index.keys[lacking.argmax()]), int(lacking.sum()))
         if index.damaged:

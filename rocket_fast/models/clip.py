@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from rocket_fast.batch import CompanionOutputs, Embeddings, PackedText
+from rocket_fast.batch import Embeddings, PackedText, UnpairedOutputs
 from rocket_fast.errors import require
 from rocket_fast.models.heads import (
     BYOLIPConfig,
@@ -89,15 +89,29 @@ class DualEncoder(nn.Module):
             assert isinstance(self.companion, SiamLIPHeads)
             self.momentum = MomentumEncoder(self.visual, self.text, self.companion, decay=config.companion.momentum)
 
-    def forward(self, images: tuple[Tensor, ...], texts: tuple[PackedText, ...]) -> Embeddings:
+    def forward(
+        self, images: tuple[Tensor, ...], texts: tuple[PackedText, ...], unpaired: tuple[Tensor, ...] = ()
+    ) -> Embeddings:
         """Embed 1 + K views of B samples, weak ones first: normalised pictures (B, 3, H, W) and captions of each view.
 
-        Raises ``ValueError`` where the numbers of views differ, or there are strong views and no head for them.
+        ``unpaired``: K strong views of other pictures, (U, 3, H, W) each, for the companion. Batch norms take each
+        view's own statistics, so that nothing else depends on them.
+
+        Raises ``ValueError`` where the numbers of views differ, or there are strong views and no head for them, or
+        unpaired ones and no companion.
         """
-        self._require_views(len(images), len(texts))
-        image_features = encode_pictures(self.visual, images)
+        self._require_views(len(images), len(texts), len(unpaired))
+        every_feature = encode_pictures(self.visual, (*images, *unpaired))
+        image_features, unpaired_features = every_feature[: len(images)], every_feature[len(images) :]
         text_features = encode_captions(self.text, texts)
         image_h, text_h, h_logit_scale = self._strong_embeddings(image_features[1:], text_features[1:])
+        companion = None if self.companion is None else self.companion(image_features, text_features)
+        alone = self.of_unpaired(unpaired_features) if unpaired else None
+        if self.momentum is not None:
+            assert companion is not None
+            image_v, text_v, unpaired_v = self.momentum(images, texts, unpaired)
+            companion = dataclasses.replace(companion, image_v=image_v, text_v=text_v)
+            alone = None if alone is None else dataclasses.replace(alone, image_v=unpaired_v)
         return Embeddings(
             image_z=self.image_z(image_features[0]),
             text_z=self.text_z(text_features[0]),
@@ -105,8 +119,16 @@ class DualEncoder(nn.Module):
             image_h=image_h,
             text_h=text_h,
             h_logit_scale=h_logit_scale,
-            companion=self._companion_outputs(images, texts, image_features, text_features),
+            companion=companion,
+            unpaired=alone,
         )
+
+    def of_unpaired(self, features: Sequence[Tensor]) -> UnpairedOutputs:
+        """What the companion compares of unpaired pictures' features (U, width), of their strong views."""
+        if self.companion is not None:
+            return self.companion.of_unpaired(features)
+        assert self.image_h is not None, "SwALIP has a head h"
+        return UnpairedOutputs(image_v=tuple(self.image_h(view) for view in features))
 
     def encode_image(self, image_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
         """Embeddings (B, D) of normalised pictures through head z and through head h, None where h is z or absent."""
@@ -146,11 +168,16 @@ class DualEncoder(nn.Module):
             return self.image_z, self.text_z
         return None, None
 
-    def _require_views(self, images: int, texts: int) -> None:
+    def _require_views(self, images: int, texts: int, unpaired: int) -> None:
         require(images >= 1, "images", f"{images} views", "at least the weak view")
         require(texts == images, "texts", f"{texts} views", f"as many as images, {images}")
         if self.image_h is None:
             require(images == 1, "images", f"{images} views", "the weak view alone: model.h_head is None")
+        if self.config.companion is None:
+            require(unpaired == 0, "unpaired", f"{unpaired} views", "none: model.companion is None")
+        else:
+            fits = unpaired == 0 or unpaired >= 2
+            require(fits, "unpaired", f"{unpaired} views", "two strong views or more, to be compared")
 
     def _strong_embeddings(
         self, image_features: Sequence[Tensor], text_features: Sequence[Tensor]
@@ -160,21 +187,6 @@ class DualEncoder(nn.Module):
         scale = self.logit_scale if self.h_logit_scale is None else self.h_logit_scale
         image_h = tuple(self.image_h(features) for features in image_features)
         return image_h, tuple(self.text_h(features) for features in text_features), scale.exp()
-
-    def _companion_outputs(
-        self,
-        images: tuple[Tensor, ...],
-        texts: tuple[PackedText, ...],
-        image_features: Sequence[Tensor],
-        text_features: Sequence[Tensor],
-    ) -> CompanionOutputs | None:
-        if self.companion is None:
-            return None
-        outputs = self.companion(image_features, text_features)
-        if self.momentum is None:
-            return outputs
-        image_v, text_v = self.momentum(images, texts)
-        return dataclasses.replace(outputs, image_v=image_v, text_v=text_v)
 
 
 def encode_pictures(tower: VisionTower, images: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -212,12 +224,16 @@ class MomentumEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, images: tuple[Tensor, ...], texts: tuple[PackedText, ...]
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Projections of every view, (B, P) each, no gradient; strong texts have dropout as in the trained tower."""
-        image_features = encode_pictures(self.visual, images)
+        self, images: tuple[Tensor, ...], texts: tuple[PackedText, ...], unpaired: tuple[Tensor, ...] = ()
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Projections of every view of images, texts and unpaired pictures, (B or U, P) each, no gradient.
+
+        Strong texts have dropout as in the trained tower.
+        """
+        features = encode_pictures(self.visual, (*images, *unpaired))
         text_features = encode_captions(self.text, texts)
-        return self.image_projector(image_features), self.text_projector(text_features)
+        image_v = self.image_projector(features[: len(images)])
+        return image_v, self.text_projector(text_features), self.image_projector.of_strong(features[len(images) :])
 
     @torch.no_grad()
     def update_(self, visual: VisionTower, text: TextTower, heads: SiamLIPHeads) -> None:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rocket_fast.batch import CompanionOutputs
+from rocket_fast.batch import CompanionOutputs, UnpairedOutputs
 from rocket_fast.distributed import world_size
 from rocket_fast.errors import require
 from rocket_fast.kernels.projector import batch_norm_relu, batch_norm_relu_linear
@@ -168,7 +168,8 @@ class MLPHead(nn.Sequential):
     norm at the end, with weight and bias (affine) or without (plain).
 
     In training the layers work together (kernels/projector.py): same values, gradients and running statistics, half
-    the memory. Biases before a batch norm, which cancel there, get gradients that are exactly zero.
+    the memory. Biases before a batch norm, which cancel there, get gradients that are exactly zero. The layers are not
+    called then, so that hooks registered on them fire in evaluation only; those on the head always do.
     """
 
     synchronized = False
@@ -235,7 +236,11 @@ class ViewHeads(nn.Module):
     def forward(self, views: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Each view through its head."""
         weak, *strong = views
-        return self.weak(weak), *(self.strong(view) for view in strong)
+        return self.weak(weak), *self.of_strong(strong)
+
+    def of_strong(self, views: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Strong views alone."""
+        return tuple(self.strong(view) for view in views)
 
 
 class SiamLIPHeads(nn.Module):
@@ -265,6 +270,11 @@ class SiamLIPHeads(nn.Module):
             text_p=self.text_predictor(text_v),
         )
 
+    def of_unpaired(self, image_features: Sequence[Tensor]) -> UnpairedOutputs:
+        """The same of strong views of pictures alone."""
+        image_v = self.image_projector.of_strong(image_features)
+        return UnpairedOutputs(image_v=image_v, image_p=self.image_predictor.of_strong(image_v))
+
 
 class BarLIPHeads(nn.Module):
     """Projectors of BarLIP."""
@@ -281,6 +291,10 @@ class BarLIPHeads(nn.Module):
     def forward(self, image_features: Sequence[Tensor], text_features: Sequence[Tensor]) -> CompanionOutputs:
         """Projections v of every view."""
         return CompanionOutputs(image_v=self.image_projector(image_features), text_v=self.text_projector(text_features))
+
+    def of_unpaired(self, image_features: Sequence[Tensor]) -> UnpairedOutputs:
+        """The same of strong views of pictures alone."""
+        return UnpairedOutputs(image_v=self.image_projector.of_strong(image_features))
 
 
 class PrototypeHeads(nn.Module):
@@ -305,6 +319,11 @@ class PrototypeHeads(nn.Module):
             text_p=(self.text_prototypes(text_v),),
             logit_scale=self.logit_scale.exp(),
         )
+
+    def of_unpaired(self, image_features: Sequence[Tensor]) -> UnpairedOutputs:
+        """The same of strong views of pictures alone."""
+        image_v = tuple(self.image_projector(view) for view in image_features)
+        return UnpairedOutputs(image_v=image_v, image_p=tuple(self.image_prototypes(v) for v in image_v))
 
     def freeze_gradients(self, step: int) -> None:
         """Take away the prototypes' gradients, weight decay with them, in the first ``freeze_steps`` steps."""

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rocket_fast import distributed, exchange, own_rows
-from rocket_fast.batch import CompanionOutputs, Embeddings
+from rocket_fast.batch import CompanionOutputs, Embeddings, UnpairedOutputs
 from rocket_fast.device import cpu_peak_bytes
 from rocket_fast.interop.open_clip import ClipLoss, SigLipLoss
 from rocket_fast.kernels import siglip_loss
@@ -77,7 +77,13 @@ class Towers(nn.Module):
             text_h=tuple(self.text_h(view) for view in texts[1:]),
             h_logit_scale=h_scale,
             companion=CompanionOutputs(**heads, logit_scale=p_scale),
+            unpaired=self.of_unpaired(-images[1:]) if self.strong else None,
         )
+
+    def of_unpaired(self, images_VBD: Tensor) -> UnpairedOutputs:
+        """Other pictures, as many."""
+        v, p = (tuple(head(view) for view in images_VBD) for head in (self.image_v, self.image_p))
+        return UnpairedOutputs(image_v=v, image_p=p)
 
 
 def samples(count: int, dtype: torch.dtype) -> Tensor:
@@ -151,7 +157,11 @@ def exact_schemes(sizes: tuple[int, ...]) -> dict[str, Any]:
 def without_gradients_across(sizes: tuple[int, ...]) -> dict[str, Any]:
     model = nn.parallel.DistributedDataParallel(Towers(torch.float64))
     mine = own_part(samples(sum(sizes), torch.float64), sizes, dim=1)
-    return {"local": outcome(model, mine, build_loss(LossConfig(gather_grad=False), None))}
+    config = LossConfig(gather_grad=False)
+    return {
+        "local": outcome(model, mine, build_loss(config, None)),
+        "local, swalip": outcome(model, mine, build_loss(config, COMPANIONS["swalip"])),
+    }
 
 
 def collectives(sizes: tuple[int, ...]) -> dict[str, Any]:
@@ -252,8 +262,14 @@ def companions_traffic(sizes: tuple[int, ...]) -> dict[str, Any]:
         views = [torch.randn(sizes[0], 64, generator=generator).requires_grad_() for _ in range(4)]
         return bytes_sent_and_peak(lambda: loss(views[:2], views[2:], *options).backward())[0]
 
+    def sent_without_gradients(companion: SwALIPConfig | None) -> float:
+        embeddings, _ = some_embeddings(sizes[0])
+        objective = build_loss(LossConfig(gather_grad=False), companion)
+        return bytes_sent_and_peak(lambda: objective(embeddings).total.backward())[0]
+
     scale, sinkhorn = torch.tensor(5.0), {"epsilon": 0.05, "iterations": 3}
     return {
+        "swalip beside a loss without gradients": sent_without_gradients(SwALIPConfig()) - sent_without_gradients(None),
         "barlip": sent(partial(own_rows.barlip_over_ranks, ranks=ranks, lambda_=0.1, scale=1.0)),
         "swalip": sent(partial(own_rows.swalip_over_ranks, h_logit_scale=scale, ranks=ranks, **sinkhorn)),
         "prototypes": sent(partial(own_rows.swalip_prototypes_over_ranks, logit_scale=scale, ranks=ranks, **sinkhorn)),
@@ -315,7 +331,7 @@ def run_rank(rank: int, folder: Path) -> None:
         if rank >= len(sizes):
             return {}
         store = f"file://{folder / f'store{index}'}"
-        dist.init_process_group("gloo", store, rank=rank, world_size=len(sizes), timeout=timedelta(seconds=60))
+        dist.init_process_group("gloo", store, rank=rank, world_size=len(sizes), timeout=timedelta(minutes=5))
         assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (rank, len(sizes), rank == 0)
         results = {name: value for part in parts for name, value in part(sizes).items()}
         dist.destroy_process_group()
@@ -434,6 +450,17 @@ def test_without_gradients_across_ranks(ranks: list[dict[str, Any]], sizes: tupl
     assert different == (len(sizes) > 1)
     for result in of_case(ranks, sizes, "local"):
         require_equal({name: result[name] for name in expected}, expected, torch.float64, "own samples")
+    both = outcome(
+        Towers(torch.float64), samples(sum(sizes), torch.float64), build_loss(LossConfig(), COMPANIONS["swalip"])
+    )
+    added = {name: both[name] - exact[name] for name in expected if name.startswith(("grad", "loss"))}
+    for result in of_case(ranks, sizes, "local, swalip"):
+        require_equal(
+            {name: result[name] for name in added},
+            {name: expected[name] + own for name, own in added.items()},
+            torch.float64,
+            "swalip beside own samples",
+        )
 
 
 @pytest.mark.system
@@ -503,6 +530,9 @@ def test_companions_send_what_their_own_rows_take(ranks: list[dict[str, Any]]) -
         assert sent["barlip"] == 4 * view + 2 * (1 + 64) * 8  # the weak and one strong pair
         # Maxima and sums, in float64, of four pairs: two assignments in three iterations, and one of predictions.
         assert sent["swalip"] == 4 * view + 2 * 4 * (2 * 3 + 1) * 64 * 8 + 4  # and the loss
+        # The texts are there: gradients to two views of 48, in the embeddings' 16 bits, go home.
+        texts = sent["swalip beside a loss without gradients"] - (sent["swalip"] - 4 * view)
+        assert texts == 2 * 32 * 48 * 2
         assert sent["prototypes"] == 2 * 4 * 3 * 64 * 8 + 4
 
 

@@ -8,6 +8,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from loader_support import write_members
 
 from rocket_fast.loaders.base import BadSampleError
 from rocket_fast.loaders.shards import ShardSet
@@ -96,6 +97,44 @@ def test_folder_with_metadata(tmp_path, kind):
     found, reasons = everything(tmp_path / "f")
     assert found == {"f/00000000": (0, "first, with comma"), "f/00000001": (1, "second")}
     assert reasons == {"no image": 1, **({"record cannot be read": 2} if kind == "jsonl" else {})}
+
+
+# Pictures alone
+
+
+def alone(path, suffix=""):
+    """{key: picture's number} where no captions are wanted, and the reasons of what is left out."""
+    shards = ShardSet([f"{path}{suffix}"], caption="none")
+    read = [shards.read(index) for index in range(len(shards))]
+    assert all(sample.text is None and sample.json is None for sample in read)
+    return {sample.key: PICTURES.index(sample.image) for sample in read}, dict(shards.skipped)
+
+
+def test_pictures_alone_from_every_format(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    write_pictures(tmp_path / "f", ["a.jpg", "sub/b.jpg", "c.jpg", "images/AB/012.jpg"])
+    (tmp_path / "f/c.txt").write_text("a caption")
+    assert alone(tmp_path / "f") == ({"f/a.jpg": 0, "f/c.jpg": 2, "f/images/AB/012.jpg": 3, "f/sub/b.jpg": 1}, {})
+
+    write_members(
+        tmp_path / "t.tar",
+        {"one": {"jpg": PICTURES[1]}, "two": {"txt": b"no picture"}, "three": {"txt": b"x", "jpg": PICTURES[3]}},
+    )
+    assert alone(tmp_path / "t.tar") == ({"t/one": 1, "t/three": 3}, {})
+
+    (tmp_path / "d.csv").write_text("filepath,size\nf/a.jpg,7\nf/gone.jpg,8\nf/c.jpg,9\n")
+    assert alone(tmp_path / "d.csv") == ({"d/00000000": 0, "d/00000002": 2}, {"no image": 1})
+    (tmp_path / "l.jsonl").write_text('{"file_name": "f/c.jpg"}\n{"file_name": "f/a.jpg", "caption": ""}\n')
+    assert alone(tmp_path / "l.jsonl") == ({"l/00000000": 2, "l/00000001": 0}, {})
+    (tmp_path / "coco.json").write_text(
+        json.dumps({"images": [{"id": 5, "file_name": "f/a.jpg"}], "annotations": [{"image_id": 6, "caption": "x"}]})
+    )
+    assert alone(tmp_path / "coco.json") == ({"coco/5": 0}, {})
+    for name, column in (("inside", [PICTURES[4], PICTURES[5]]), ("beside", ["f/c.jpg", "f/a.jpg"])):
+        parquet.write_table(pyarrow.table({"image": column}), tmp_path / f"{name}.parquet")
+    assert alone(tmp_path / "inside.parquet") == ({"inside/00000000": 4, "inside/00000001": 5}, {})
+    assert alone(tmp_path / "beside.parquet") == ({"beside/00000000": 2, "beside/00000001": 0}, {})
 
 
 # CSV

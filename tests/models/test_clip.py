@@ -101,6 +101,46 @@ def test_gradients_reach_every_parameter(config):
         assert parameter.ndim < 2 or parameter.grad.abs().max() > 0, name
 
 
+STEM = ConvStemViTConfig(image_size=16, stem_widths=(4, 8), stem_blocks=(0, 1), width=12, layers=1, heads=3)
+
+
+@pytest.mark.parametrize("vision", [CL2L.vision, STEM], ids=["vit", "batch norm"])
+@pytest.mark.parametrize("name", [name for name, config in CASES.items() if config.companion is not None])
+def test_unpaired_pictures_go_through_the_strong_heads_and_change_nothing_else(name, vision):
+    model = build_model(dataclasses.replace(CASES[name], vision=vision)).double()
+    images, texts = views(1 + strong_views(model.config))
+    images, unpaired = (tuple(view.double() for view in side) for side in (images, views(2, samples=4)[0]))
+    alone, beside = model(images, texts), model(images, texts, unpaired)
+    torch.testing.assert_close(tensors(beside), tensors(alone))
+    assert alone.unpaired is None
+
+    def expected(encoder, heads) -> list[Tensor]:
+        projector = getattr(heads.image_projector, "strong", heads.image_projector)
+        return [projector(encoder.visual(view)) for view in unpaired]
+
+    found, heads = beside.unpaired, model.companion
+    if heads is None:
+        torch.testing.assert_close(list(found.image_v), [model.image_h(model.visual(view)) for view in unpaired])
+        assert found.image_p == ()
+        return
+    v = expected(model, heads)
+    torch.testing.assert_close(list(found.image_v), v if model.momentum is None else expected(*[model.momentum] * 2))
+    assert all(view.requires_grad == (model.momentum is None) for view in found.image_v)
+    predict = getattr(heads, "image_prototypes", None) or getattr(
+        getattr(heads, "image_predictor", None), "strong", None
+    )
+    torch.testing.assert_close(list(found.image_p), [] if predict is None else [predict(view) for view in v])
+    assert all(view.shape[0] == 4 for view in (*found.image_v, *found.image_p))
+
+
+def test_unpaired_pictures_need_a_companion_and_two_views():
+    images, texts = views(3)
+    with pytest.raises(ValueError, match=r"unpaired: got '2 views', expected none: model.companion is None"):
+        build_model()(images, texts, images[1:])
+    with pytest.raises(ValueError, match=r"unpaired: got '1 views', expected two strong views or more"):
+        build_model(CASES["barlip"])(images, texts, images[:1])
+
+
 @pytest.mark.parametrize("config", CASES.values(), ids=CASES)
 def test_without_strong_views(config):
     embeddings = build_model(config)(*views(1))
