@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
+from rocket_fast import parallel
 from rocket_fast.checkpoint import load_checkpoint
 from rocket_fast.config import EvalConfig, TrainConfig, from_plain, to_plain
 from rocket_fast.models.heads import BYOLIPConfig
@@ -47,10 +48,11 @@ def rank_main(folder: Path) -> None:
         found[self.config.name] = held(self)
 
     def no_room_once(self: HuggingFaceStorageWriter, *arguments: object) -> object:
-        if dist.get_rank() == 1 and "fsdp-full" in str(self.path) and "step-00000004" in str(self.path):
+        if dist.get_rank() == 1 and "fsdp-parts" in str(self.path) and "step-00000004" in str(self.path):
             raise OSError("No space left on device")
         return write(self, *arguments)
 
+    parallel.BACKEND = "aot_eager"
     Trainer.fit, HuggingFaceStorageWriter.write_data = fit_and_measure, no_room_once
     for plain in json.loads((folder / "configs.json").read_text()):
         train(from_plain(plain))
@@ -72,17 +74,17 @@ def losses(config: TrainConfig) -> list[float]:
     return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
 
 
-def assert_close(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> None:
+def assert_close(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor], precision: float = 1e-4) -> None:
     """All together: AdamW turns the rounding of a gradient that should be zero (a bias of keys) into whole steps."""
     assert weights.keys() == others.keys()
     one, other = (torch.cat([each[name].flatten().float() for name in weights]) for each in (weights, others))
-    assert torch.linalg.vector_norm(one - other) < 1e-3 * torch.linalg.vector_norm(one)
+    assert torch.linalg.vector_norm(one - other) < 10 * precision * torch.linalg.vector_norm(one)
 
 
-def assert_alike(one: TrainConfig, other: TrainConfig) -> None:
-    torch.testing.assert_close(losses(one), losses(other), rtol=1e-4, atol=1e-4)
+def assert_alike(one: TrainConfig, other: TrainConfig, precision: float = 1e-4) -> None:
+    torch.testing.assert_close(losses(one), losses(other), rtol=precision, atol=precision)
     weights = [load_file(config.folder / "weights.safetensors") for config in (one, other)]
-    assert_close(*weights)
+    assert_close(*weights, precision)
 
 
 def flip_a_bit(path: Path) -> None:
@@ -106,7 +108,7 @@ def test_fsdp_trains_as_ddp_and_keeps_checkpoints_in_parts(tiny_config: TrainCon
             model=replace(model, companion=BYOLIPConfig(hidden=24, out=8, predictor_hidden=24)),
             loop=replace(loop, weight_average=0.9),
         ),
-        "full": replace(base, eval=EvalConfig()),
+        "narrow": replace(base, loop=replace(loop, precision="bf16", compile="towers"), eval=EvalConfig()),
     }
     ddp = {kind: replace(config, name=f"ddp-{kind}") for kind, config in kinds.items()}
     fsdp = {
@@ -115,7 +117,7 @@ def test_fsdp_trains_as_ddp_and_keeps_checkpoints_in_parts(tiny_config: TrainCon
     }
     printed = launch([*ddp.values(), *fsdp.values()], tmp_path)
     for kind in kinds:
-        assert_alike(ddp[kind], fsdp[kind])
+        assert_alike(ddp[kind], fsdp[kind], precision=0.02 if kind == "narrow" else 1e-4)
     for rank in (0, 1):
         numbers = json.loads((tmp_path / f"held-{rank}.json").read_text())
         for kind in kinds:
@@ -127,9 +129,8 @@ def test_fsdp_trains_as_ddp_and_keeps_checkpoints_in_parts(tiny_config: TrainCon
         return sorted(path.name for path in (fsdp[kind].folder / "checkpoints").iterdir())
 
     steps = [f"step-{step:08d}" for step in (2, 4, 6, 7)]
-    assert saved("parts") == steps
     assert saved("plain") == ["best", *steps]
-    assert saved("full") == [step for step in steps if "4" not in step]  # and no half of one
+    assert saved("parts") == [step for step in steps if "4" not in step]  # and no half of one
     assert "step-00000004 could not be written (OSError: No space left on device)" in printed
     for kind in ("plain", "average"):
         for checkpoint, step in (("best", 6), ("last", STEPS)):

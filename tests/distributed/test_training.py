@@ -82,7 +82,7 @@ def trained(config: TrainConfig, parts: list[list[int]] | None = None) -> Traine
     finally:
         torch.set_default_dtype(torch.float32)
     forward = trainer.model.forward if parts is None else in_parts(trainer.model.forward, parts)
-    trainer.model.forward = lambda images, texts: forward(tuple(i.double() for i in images), texts)  # type: ignore
+    trainer.model.forward = lambda images, texts, _: forward(tuple(i.double() for i in images), texts)  # type: ignore
     losses, norms = [], []
     with contextlib.closing(trainer):
         for step in range(STEPS):
