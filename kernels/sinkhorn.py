@@ -31,7 +31,7 @@ from torch import Tensor
 from rocket_fast.errors import require
 from rocket_fast.kernels.checks import require_integer, require_scalar, require_views
 from rocket_fast.kernels.contrastive import as_number, side_by_side, wanted, workspace_bytes
-from rocket_fast.kernels.dispatch import without_autocast
+from rocket_fast.kernels.dispatch import triton_kernels, without_autocast
 from rocket_fast.kernels.reference import require_weak
 from rocket_fast.kernels.reference import (
     sinkhorn as sinkhorn,
@@ -348,6 +348,19 @@ def swalip_of_rows(
 
     Everything in the precision computed with; gradients to embeddings are empty without ``need_grad``.
     """
+    if (triton := triton_kernels("triton_sinkhorn", image_AND)) is not None:
+        return triton.swalip_of_rows(
+            image_AND,
+            text_AMD,
+            scale,
+            samples=samples,
+            epsilon=epsilon,
+            iterations=iterations,
+            normalize=normalize,
+            need_grad=need_grad,
+            workspace=workspace,
+            combine=combine,
+        )
     x_AND, y_AMD = prepared(image_AND, normalize), prepared(text_AMD, normalize)
     d_x_AND, d_y_AMD = (torch.zeros_like(x) if need_grad else x.new_empty(0) for x in (x_AND, y_AMD))
     bound = _largest_product(x_AND, y_AMD, normalize)
