@@ -344,7 +344,7 @@ class Configs:
 
 _FP32: dict[Size, Configs] = {
     "large": Configs(Config(64, 64, 16, slabs=2, warps=8, stages=3), Config(64, 64, 16, slabs=1, warps=8, stages=3)),
-    "small": Configs(*[Config(32, 32, 32, slabs=1, warps=4, stages=3)] * 2),
+    "small": Configs(Config(32, 32, 16, slabs=1, warps=4, stages=3), Config(32, 32, 32, slabs=1, warps=4, stages=3)),
 }
 _LABELS = Config(64, 64, 64, slabs=1, warps=8, stages=3)  # two tiles at once are in the registers
 _SMALL = Configs(Config(64, 64, 64, slabs=4, warps=4, stages=3), _LABELS)
