@@ -15,8 +15,8 @@ else n + 1 times; the gradient takes two products. There is no pass backward: gr
 Nothing overflows. If scores are known to be small (cosines over 0.05 are at most 20), exponentials are taken as they
 are and each pass is one exponential and two products with vectors; if not, log-sum-exps with true maxima are taken.
 Tiles are torch's, products in float32 (16-bit inputs are converted). Of embeddings, Triton kernels (triton_sinkhorn.py)
-take all of this on where they run. Scores against prototypes stay with torch there too, which passes over them in memory
-about eight times an iteration: those kernels make what they read, and balance two assignments where one is wanted.
+take all of this on where they run. Scores against prototypes stay with torch there too, which passes over them about
+eight times an iteration: those kernels make what they read, and balance two assignments where one is wanted.
 """
 
 from __future__ import annotations
