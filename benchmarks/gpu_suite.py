@@ -32,7 +32,15 @@ from torch import Tensor
 from rocket_fast.config import provenance
 from rocket_fast.errors import MissingExtra
 from rocket_fast.image_augment import IMAGENET_MEAN, IMAGENET_STD, ViewConfig, ViewParams, draw, strong_view, weak_view
-from rocket_fast.kernels import clip_loss, clip_terms, log_sum_exp, multiview_clip_loss, siglip_loss
+from rocket_fast.kernels import (
+    clip_loss,
+    clip_terms,
+    log_sum_exp,
+    multiview_clip_loss,
+    reference,
+    siglip_loss,
+    swalip_loss,
+)
 from rocket_fast.kernels.projector import batch_norm_relu, batch_norm_relu_linear
 
 BUDGET = 220.0
@@ -670,6 +678,53 @@ def run_norm_timing(dtype: torch.dtype, machine: Machine) -> Result:
     return Result("projector", f"{rows} x {width}, {str(dtype)[6:]}", figures=figures)
 
 
+# --- SwALIP -----------------------------------------------------------------------------------------------------------
+
+
+def swalip_inputs(rows: int, width: int, dtype: torch.dtype, machine: Machine) -> list[Tensor]:
+    """Two views of images, of texts, and the scale: leaves."""
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(rows, width, generator=generator)
+    drawn = [sample + torch.randn(rows, width, generator=generator) for _ in range(4)]
+    views = [F.normalize(view, dim=1).to(machine.device, dtype).requires_grad_() for view in drawn]
+    return [*views, torch.tensor(10.0, device=machine.device, requires_grad=True)]
+
+
+def run_swalip_check(dtype: torch.dtype, machine: Machine) -> Result:
+    """Value and gradients against the dense twin in float64, and once more for equal bits."""
+    inputs = swalip_inputs(machine.size(3001), machine.width(257), dtype, machine)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+
+    def differentiated(loss: Callable[..., Tensor], leaves: list[Tensor]) -> list[Tensor]:
+        value = loss(leaves[:2], leaves[2:4], leaves[4])
+        return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+    mine, again = (differentiated(swalip_loss, inputs) for _ in range(2))
+    right = differentiated(reference.swalip_loss, exact)
+    names = ("value", "d image 0", "d image 1", "d text 0", "d text 1", "d scale")
+    figures = {n: float((a.double() - b).norm() / b.norm()) for n, a, b in zip(names, mine, right, strict=True)}
+    bound = {BF16: 1e-2, FP32: 3e-5}[dtype]
+    passed = all(error < bound for error in figures.values()) and all(map(torch.equal, mine, again))  # False for NaN
+    return Result("swalip", f"as in float64, {str(dtype)[6:]}", "ok" if passed else "FAILED", figures)
+
+
+def run_swalip_timing(rows: int, dtype: torch.dtype, machine: Machine) -> Result:
+    """Forward and backward beside the dense twin in float32, where its matrices are no more than 64 MiB each."""
+    rows, width = machine.size(rows), machine.width(512)
+    inputs = swalip_inputs(rows, width, dtype, machine)
+
+    def step(loss: Callable[..., Tensor], leaves: list[Tensor]) -> float:
+        run = lambda: torch.autograd.grad(loss(leaves[:2], leaves[2:4], leaves[4]), leaves)  # noqa: E731
+        return median_seconds(run, machine)
+
+    seconds = step(swalip_loss, inputs)
+    figures = {"ms": 1e3 * seconds, "products TFLOP/s": 4 * 2e-12 * 11 * rows * rows * width / seconds}
+    if rows <= 4096:
+        dense = [tensor.detach().float().requires_grad_() for tensor in inputs]
+        figures["dense ms"] = 1e3 * step(reference.swalip_loss, dense)
+    return Result("swalip", f"{rows} x {width}, {str(dtype)[6:]}", figures=figures)
+
+
 # --- the list ---------------------------------------------------------------------------------------------------------
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -745,6 +800,11 @@ def rows() -> list[Row]:
     result += [Row("views", name, partial(run_views_timing, name, view), 5) for name, view in TIMED_VIEWS.items()]
     result += [Row("projector", f"as in float64, {str(d)[6:]}", partial(run_norm_check, d), 10) for d in (BF16, FP32)]
     result += [Row("projector", str(d)[6:], partial(run_norm_timing, d), 5) for d in (BF16, FP32)]
+    result += [Row("swalip", f"as in float64, {str(d)[6:]}", partial(run_swalip_check, d), 10) for d in (BF16, FP32)]
+    result += [
+        Row("swalip", f"{rows}, {str(dtype)[6:]}", partial(run_swalip_timing, rows, dtype), 5)
+        for rows, dtype in ((4096, BF16), (16384, BF16), (4096, FP32))
+    ]
     result += [Row("time", name, partial(run_timing, case), 40) for name, case in CUDA_CASES.items()]
     result += [Row("check", str(check), partial(run_check, check), 40) for check in CHECKS[-1:]]
     return result

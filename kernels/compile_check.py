@@ -31,6 +31,7 @@ from rocket_fast.kernels import triton_augment as augment
 from rocket_fast.kernels import triton_contrastive as contrastive
 from rocket_fast.kernels import triton_cosine as cosine
 from rocket_fast.kernels import triton_projector as projector
+from rocket_fast.kernels import triton_sinkhorn as sinkhorn
 
 triton: Any = optional_import("triton", "gpu")
 
@@ -39,7 +40,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SIZES: tuple[contrastive.Size, ...] = ("large", "small")
 # What ptx calls the instruction that feeds the tensor cores; float32 is multiplied without them.
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-PRODUCT_KERNELS = ("_forward_kernel", "_diagonal_kernel", "_gradient_kernel")
+PRODUCT_KERNELS = ("_forward_kernel", "_diagonal_kernel", "_gradient_kernel", "_sweep_kernel", "_labels_kernel")
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,31 @@ class ProjectorCase:
         projector.input_gradient(x, x, *known, vector.new_empty(2, self.D), torch.empty_like(x))
 
 
-AnyCase = Case | ViewsCase | CosineCase | ProjectorCase
+@dataclass(frozen=True)
+class SinkhornCase:
+    """SwALIP of two views a side, of width ``D``, to be normalised or not, with which architecture's table."""
+
+    arch: int
+    dtype: str
+    D: int
+    size: contrastive.Size = "large"
+    options: str = "normalize"
+    table: int | None = None
+
+    def run(self) -> None:
+        """The loss with and without gradients, on tensors that hold nothing; Case has the contrastive kernels."""
+        samples = 4096 if self.size == "large" else 64
+        x = torch.empty(2, samples, self.D, dtype=DTYPES[self.dtype], device="meta")
+        options: dict[str, Any] = {"epsilon": 0.05, "iterations": 1, "normalize": self.options == "normalize"}
+        one = x.new_empty((), dtype=torch.float32)
+        with mock.patch.object(contrastive, "_launch"):
+            for need_grad in (True, False):
+                sinkhorn.swalip_of_rows(
+                    x, x, one, samples=samples, need_grad=need_grad, workspace=2**26, **options
+                )  # fmt: skip
+
+
+AnyCase = Case | ViewsCase | CosineCase | ProjectorCase | SinkhornCase
 
 
 @dataclass(frozen=True)
@@ -202,9 +227,9 @@ def launches(case: AnyCase) -> list[Launch]:
 
     table = case.arch if case.table is None else case.table
     with contextlib.ExitStack() as patches:
-        for module in (contrastive, augment, projector, cosine):
+        for module in (contrastive, augment, projector, cosine, sinkhorn):
             patches.enter_context(mock.patch.object(module, "_launch", record))
-        for module in (contrastive, augment):
+        for module in (contrastive, augment, sinkhorn):
             patches.enter_context(mock.patch.object(module, "_architecture", return_value=table))
         case.run()
     return recorded
@@ -309,6 +334,16 @@ def cosine_cases() -> list[CosineCase]:
     return [CosineCase(arch, dtype, D) for arch, dtype, D in itertools.product(ARCHITECTURES, DTYPES, widths)]
 
 
+def sinkhorn_cases() -> list[SinkhornCase]:
+    """Every pinned configuration, normalising and not; the default one on the oldest and the newest architecture."""
+    pinned = itertools.product(ARCHITECTURES, DTYPES, (512,), SIZES, ("normalize", "-"))
+    default = itertools.product((80, 100), DTYPES, SIZES)
+    return [
+        *(SinkhornCase(*each) for each in pinned),
+        *(SinkhornCase(arch, dtype, 512, size, table=0) for arch, dtype, size in default),
+    ]
+
+
 def projector_cases() -> list[ProjectorCase]:
     """Every type; widths that are a multiple of 16 and that are not; with and without ReLU and affine part."""
     what = itertools.product(ARCHITECTURES, DTYPES, (4096, 3001), ("relu+affine", "relu", "affine", "-"))
@@ -326,7 +361,7 @@ def all_cases() -> list[AnyCase]:
     ]
     default = itertools.product((80, 100), DTYPES, SIZES, (False, True))
     cases += [Case(arch, dtype, 512, size, normalize, 0.1, table=0) for arch, dtype, size, normalize in default]
-    return [*cases, *views_cases(), *cosine_cases(), *projector_cases()]
+    return [*cases, *views_cases(), *cosine_cases(), *projector_cases(), *sinkhorn_cases()]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

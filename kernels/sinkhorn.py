@@ -14,7 +14,9 @@ else n + 1 times; the gradient takes two products. There is no pass backward: gr
 
 Nothing overflows. If scores are known to be small (cosines over 0.05 are at most 20), exponentials are taken as they
 are and each pass is one exponential and two products with vectors; if not, log-sum-exps with true maxima are taken.
-Tiles are torch's on any device, products in float32 (16-bit inputs are converted), as no GPU needs more here.
+Tiles are torch's, products in float32 (16-bit inputs are converted). Of embeddings, Triton kernels (triton_sinkhorn.py)
+take all of this on where they run. Scores against prototypes stay with torch there too, which passes over them about
+eight times an iteration: those kernels make what they read, and balance two assignments where one is wanted.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from torch import Tensor
 from rocket_fast.errors import require
 from rocket_fast.kernels.checks import require_integer, require_scalar, require_views
 from rocket_fast.kernels.contrastive import as_number, side_by_side, wanted, workspace_bytes
-from rocket_fast.kernels.dispatch import without_autocast
+from rocket_fast.kernels.dispatch import triton_kernels, without_autocast
 from rocket_fast.kernels.reference import require_weak
 from rocket_fast.kernels.reference import (
     sinkhorn as sinkhorn,
@@ -348,6 +350,19 @@ def swalip_of_rows(
 
     Everything in the precision computed with; gradients to embeddings are empty without ``need_grad``.
     """
+    if (triton := triton_kernels("triton_sinkhorn", image_AND)) is not None:
+        return triton.swalip_of_rows(
+            image_AND,
+            text_AMD,
+            scale,
+            samples=samples,
+            epsilon=epsilon,
+            iterations=iterations,
+            normalize=normalize,
+            need_grad=need_grad,
+            workspace=workspace,
+            combine=combine,
+        )
     x_AND, y_AMD = prepared(image_AND, normalize), prepared(text_AMD, normalize)
     d_x_AND, d_y_AMD = (torch.zeros_like(x) if need_grad else x.new_empty(0) for x in (x_AND, y_AMD))
     bound = _largest_product(x_AND, y_AMD, normalize)
@@ -608,7 +623,7 @@ def swalip_loss(
         normalize: scale every row to unit length first; False takes rows that are so already.
         workspace_mib: MiB of scratch memory. Where three quarters of it hold a group of pairs that label each other
             (for K = 2 two matrices N x N, else K * K) these are kept, and multiplied once; else a row of each pair at
-            least is held, four times.
+            least is held, four times. Triton's kernels keep nothing: parts of sums and pieces of a gradient lie there.
 
     Returns:
         0-dimensional, float32 (float64 for float64 inputs), in nats. No gradient flows through the labels.

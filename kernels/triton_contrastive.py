@@ -52,7 +52,7 @@ SPREAD = tl.constexpr(16.0)
 
 
 @triton.jit
-def _products(
+def tile_products(
     x_ptr: t.Any,
     y_ptr: t.Any,
     first_row: t.Any,
@@ -85,7 +85,7 @@ def _halves(tile: t.Any, ROWS: tl.constexpr, COLUMNS: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _slabs(tile: t.Any, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLABS: tl.constexpr) -> Any:
+def in_slabs(tile: t.Any, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLABS: tl.constexpr) -> Any:
     """A tile in 1, 2, 4 or 8 slabs of columns, which renames registers and moves nothing.
 
     What belongs to a column (its maximum, its log-sum-exp) takes a register for each column a thread sees: a whole
@@ -103,7 +103,7 @@ def _slabs(tile: t.Any, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLABS: tl.con
 
 
 @triton.jit
-def _grouped(index: t.Any, rows: t.Any, columns: t.Any, GROUP: tl.constexpr) -> Any:
+def grouped(index: t.Any, rows: t.Any, columns: t.Any, GROUP: tl.constexpr) -> Any:
     """Row and column of the ``index``-th tile, GROUP rows of tiles at a time: neighbours share operands in L2."""
     band = index // (GROUP * columns)
     height = min(rows - band * GROUP, GROUP)
@@ -211,7 +211,7 @@ def _forward_kernel(
     y_ptr += text.to(tl.int64) * M * D
     row_blocks, column_blocks = tl.cdiv(N, ROWS), tl.cdiv(M, COLUMNS)
     high, wide = tl.cdiv(row_blocks, super_rows), tl.cdiv(column_blocks, super_columns)
-    super_row, super_column = _grouped(tl.program_id(0), high, wide, GROUP)
+    super_row, super_column = grouped(tl.program_id(0), high, wide, GROUP)
     row_part_ptr += (pair * wide + super_column).to(tl.int64) * N
     column_part_ptr += (pair * high + super_row).to(tl.int64) * 2 * M
     row_stride, column_stride = (pairs * wide).to(tl.int64) * N, (pairs * high).to(tl.int64) * 2 * M
@@ -237,7 +237,7 @@ def _forward_kernel(
                 column_part_ptr + M + all_columns, column_stride, all_ok & (block_row > row_block), True
             )
 
-            products = _products(x_ptr, y_ptr, first_row, first_column, N, M, D, ROWS, COLUMNS, WIDTH)
+            products = tile_products(x_ptr, y_ptr, first_row, first_column, N, M, D, ROWS, COLUMNS, WIDTH)
 
             old, old_sum = _join(old, old_sum, last, last_sum)
             old_max, old_rival = tl.maximum(old_max, last_max), tl.maximum(old_rival, last_rival)
@@ -249,7 +249,7 @@ def _forward_kernel(
             above = first_column > first_row + ROWS - 1 + row_offset  # every entry lies before its column's positive
             row_max = tl.full((ROWS,), LOWEST, tl.float32)
             bottom = float("inf")
-            slabs = _slabs(products, ROWS, COLUMNS, SLABS)
+            slabs = in_slabs(products, ROWS, COLUMNS, SLABS)
             scaled: t.Any = ()
             for slab in tl.static_range(SLABS):
                 columns = first_column + slab * SLAB + tl.arange(0, SLAB)
@@ -320,14 +320,14 @@ def _diagonal_kernel(
     positive = tl.full((ROWS,), LOWEST, tl.float32)
     before, after = positive, positive
     if (first_column >= 0) & (first_column < M):
-        products = _products(
+        products = tile_products(
             x_ptr + image.to(tl.int64) * N * D, y_ptr + text.to(tl.int64) * M * D, first_row, first_column, N, M, D,
             ROWS, COLUMNS, WIDTH,
         )  # fmt: skip
         factor = tl.zeros((ROWS,), tl.float32) + tl.load(scale_ptr + pair)
         if NORMALIZE:
             factor *= tl.load(inverse_x_ptr + image * N + rows, mask=row_ok, other=0.0)
-        slabs = _slabs(products, ROWS, COLUMNS, SLABS)
+        slabs = in_slabs(products, ROWS, COLUMNS, SLABS)
         for slab in tl.static_range(SLABS):
             columns = first_column + slab * SLAB + tl.arange(0, SLAB)
             column_ok = columns < M
@@ -559,7 +559,7 @@ def _unit_kernel(
 
 
 @triton.jit
-def _softmax_gradient(
+def softmax_gradient(
     logits: t.Any, lse_row: t.Any, lse_column: t.Any, factor_row: t.Any, factor_column: t.Any, least: t.Any, near: t.Any
 ) -> Any:
     """``f_i exp(S_ij - r_i) + f_j exp(S_ij - c_j)``; one exponential an entry if all r and c are near ``least``."""
@@ -574,7 +574,7 @@ def _softmax_gradient(
 
 
 @triton.jit
-def _load_lse(ptrs: t.Any, mask: t.Any) -> Any:
+def load_lse(ptrs: t.Any, mask: t.Any) -> Any:
     """A log-sum-exp rounded to float32, and ``exp`` of what rounding it took."""
     exact = tl.load(ptrs, mask=mask, other=0.0)
     rounded = exact.to(tl.float32)
@@ -652,7 +652,7 @@ def _gradient_kernel(
     """
     SLAB: tl.constexpr = COLUMNS // SLABS
     row_blocks, column_blocks = tl.cdiv(chunk_rows, ROWS), tl.cdiv(chunk_columns, COLUMNS)
-    row_tile, column_tile = _grouped(tl.program_id(0), views * row_blocks, chunk_text_views * column_blocks, GROUP)
+    row_tile, column_tile = grouped(tl.program_id(0), views * row_blocks, chunk_text_views * column_blocks, GROUP)
     image, text = first_view + row_tile // row_blocks, first_text_view + column_tile // column_blocks
     block_row, block_column = row_tile % row_blocks, column_tile % column_blocks
     pair = image * text_views + text
@@ -660,7 +660,7 @@ def _gradient_kernel(
     rows = start_row + tl.arange(0, ROWS)
     row_ok = rows < first_row + chunk_rows
 
-    products = _products(
+    products = tile_products(
         x_ptr + image.to(tl.int64) * N * D, y_ptr + text.to(tl.int64) * M * D, start_row, start_column,
         first_row + chunk_rows, first_column + chunk_columns, D, ROWS, COLUMNS, WIDTH,
     )  # fmt: skip
@@ -674,7 +674,7 @@ def _gradient_kernel(
         bias = tl.load(bias_ptr)
         to_chunk = inverse_x * (scale * unit)
     else:
-        lse_row, correction_row = _load_lse(lse_image_ptr + pair.to(tl.int64) * N + rows, row_ok)
+        lse_row, correction_row = load_lse(lse_image_ptr + pair.to(tl.int64) * N + rows, row_ok)
         least_row = tl.min(tl.where(row_ok, lse_row, float("inf")), 0)
         most_row = tl.max(tl.where(row_ok, lse_row, -float("inf")), 0)
         lse_text_ptr += pair.to(tl.int64) * M
@@ -690,7 +690,7 @@ def _gradient_kernel(
     chunk_ptr += ((row_tile // row_blocks) * chunk_rows + block_row * ROWS).to(tl.int64) * chunk_stride
     chunk_ptr += (column_tile // column_blocks) * view_stride + block_column * COLUMNS
 
-    slabs = _slabs(products, ROWS, COLUMNS, SLABS)
+    slabs = in_slabs(products, ROWS, COLUMNS, SLABS)
     for slab in tl.static_range(SLABS):
         first = start_column + slab * SLAB
         columns = first + tl.arange(0, SLAB)
@@ -718,11 +718,11 @@ def _gradient_kernel(
             loss_sum += tl.sum(loss)
             gradient_sum += tl.sum(gradient)
         else:
-            lse_column, correction_column = _load_lse(lse_text_ptr + columns, column_ok)
+            lse_column, correction_column = load_lse(lse_text_ptr + columns, column_ok)
             weight_column = unit * tl.load(weight_text_ptr + columns.to(tl.int64) * tm, mask=column_ok, other=0.0)
             least = tl.minimum(least_row, tl.min(tl.where(column_ok, lse_column, float("inf")), 0))
             most = tl.maximum(most_row, tl.max(tl.where(column_ok, lse_column, -float("inf")), 0))
-            gradient = _softmax_gradient(
+            gradient = softmax_gradient(
                 cosines * scale, lse_row, lse_column, weight_row * correction_row, weight_column * correction_column,
                 least, most - least <= SPREAD,
             )  # fmt: skip
@@ -1017,17 +1017,17 @@ def available() -> bool:
     return INTERPRETED or torch.cuda.is_available()
 
 
-def _configs(problem: _Problem) -> Configs:
+def _configs(problem: Problem) -> Configs:
     arch, size = _architecture(problem.x.device), problem.x.element_size()
     large = CONFIGS[arch, size, "large"]
-    tiles = _ceil(problem.N, large.forward.rows) * _ceil(problem.M, large.forward.columns) * problem.pairs
+    tiles = ceil(problem.N, large.forward.rows) * ceil(problem.M, large.forward.columns) * problem.pairs
     return large if tiles >= LARGE_FROM else CONFIGS[arch, size, "small"]
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
-def _ceil(size: int, block: int) -> int:
+def ceil(size: int, block: int) -> int:
     return -(-size // block)
 
 
@@ -1041,7 +1041,7 @@ def _aligned(x: Tensor) -> Tensor:
     return x.clone() if x.data_ptr() % 16 else x
 
 
-class _Problem:
+class Problem:
     """Both sides as the kernels read them.
 
     ``x``, ``y`` are (A, N, D) and (B, M, D), contiguous. Rows still to be normalised come with their inverse norms,
@@ -1073,7 +1073,7 @@ class _Problem:
         self.folded = normalize and self.x is self.raw_x
 
     def _launch_rows(self, sums: bool) -> None:
-        x_parts, y_parts = _ceil(self.N, CHUNK), _ceil(self.M, CHUNK)
+        x_parts, y_parts = ceil(self.N, CHUNK), ceil(self.M, CHUNK)
         if self.normalize:
             self.inverse_x = self.scale.new_empty(self.A * self.N)
             self.inverse_y = self.scale.new_empty(self.B * self.M)
@@ -1100,15 +1100,15 @@ class _Problem:
         return smoothing
 
 
-def _super_tile(problem: _Problem, config: Config, workspace: int) -> tuple[int, int]:
+def _super_tile(problem: Problem, config: Config, workspace: int) -> tuple[int, int]:
     """Height and width of a super-tile, in tiles: about ``PROGRAMS`` of them, their statistics in ``workspace``."""
-    row_blocks, column_blocks = _ceil(problem.N, config.rows), _ceil(problem.M, config.columns)
+    row_blocks, column_blocks = ceil(problem.N, config.rows), ceil(problem.M, config.columns)
     # Twice as high as wide: a column has two parts a program, a row one.
     columns = max(1, math.isqrt(row_blocks * column_blocks * problem.pairs // (2 * PROGRAMS)))
     rows, columns = min(2 * columns, row_blocks), min(columns, column_blocks)
     while True:
-        row_numbers = problem.N * _ceil(column_blocks, columns)
-        column_numbers = 2 * problem.M * _ceil(row_blocks, rows)
+        row_numbers = problem.N * ceil(column_blocks, columns)
+        column_numbers = 2 * problem.M * ceil(row_blocks, rows)
         fits = 16 * problem.pairs * (row_numbers + column_numbers) <= workspace
         if fits or (rows == row_blocks and columns == column_blocks):
             return rows, columns
@@ -1148,23 +1148,23 @@ def contrastive_forward(
     """
     smooth = diagonal and any(smoothing)
     with _on(image_AND):
-        problem = _Problem(image_AND, text_BMD, scale_AB, row_offset, normalize, sums=smooth)
+        problem = Problem(image_AND, text_BMD, scale_AB, row_offset, normalize, sums=smooth)
         per_pair = problem.smoothing(smoothing) if smooth else problem.scale
-        statistics = _Statistics(problem, diagonal, workspace)
+        statistics = Statistics(problem, diagonal, workspace)
         statistics.launch()
         return statistics.join(per_pair, smooth)
 
 
-class _Statistics:
+class Statistics:
     """Partial statistics of rows and columns (``row_part``, ``column_part``) and what the diagonal's tiles tell."""
 
-    def __init__(self, problem: _Problem, diagonal: bool, workspace: int) -> None:
+    def __init__(self, problem: Problem, diagonal: bool, workspace: int) -> None:
         self.problem, self.diagonal, self.config = problem, diagonal, _configs(problem).forward
         assert self.config.rows == self.config.columns, "the diagonal crosses a row of tiles in two of them at most"
         self.super_tile = _super_tile(problem, self.config, workspace)
         tile, pairs, new = self.config.rows, problem.pairs, problem.scale.new_empty
-        self.high = _ceil(_ceil(problem.N, tile), self.super_tile[0])
-        self.wide = _ceil(_ceil(problem.M, tile), self.super_tile[1])
+        self.high = ceil(ceil(problem.N, tile), self.super_tile[0])
+        self.wide = ceil(ceil(problem.M, tile), self.super_tile[1])
         self.row_part = new(4, pairs, self.wide, problem.N)
         self.column_part = new(4, pairs, 2 * self.high, problem.M)
         self.first_tile, remainder = divmod(problem.row_offset, tile)
@@ -1183,7 +1183,7 @@ class _Statistics:
         )  # fmt: skip
         if self.diagonal:
             config = _configs(problem).diagonal
-            grid = _ceil(problem.N, config.rows), self.crossings, problem.pairs
+            grid = ceil(problem.N, config.rows), self.crossings, problem.pairs
             _launch(
                 _diagonal_kernel, grid, *inputs, self.positive, self.row_rival, self.column_rival, *sizes,
                 self.first_tile, problem.folded, *config.tile, **config.built,
@@ -1197,7 +1197,7 @@ class _Statistics:
         lse = new(A, B, N, dtype=torch.float64), new(A, B, M, dtype=torch.float64)
         top = new(A, B, N), new(A, B, M)
         right = new((A, B, M) if self.diagonal else 0, dtype=torch.int8)
-        row_blocks, column_blocks = _ceil(N, VECTOR_BLOCK), _ceil(M, VECTOR_BLOCK)
+        row_blocks, column_blocks = ceil(N, VECTOR_BLOCK), ceil(M, VECTOR_BLOCK)
         term = new(problem.pairs, row_blocks + column_blocks, 2)
         _launch(
             _join_kernel, (row_blocks + column_blocks, problem.pairs), self.row_part, self.column_part, self.positive,
@@ -1210,14 +1210,14 @@ class _Statistics:
         losses, accuracies = new(A, B, 2), new(A, B, 2)
         _launch(
             _terms_kernel, (problem.pairs,), term, problem.x_sums, problem.y_sums, problem.scale, smoothing, losses,
-            accuracies, N, M, problem.D, B, problem.positives, row_blocks, column_blocks, _ceil(N, CHUNK),
-            _ceil(M, CHUNK), smooth, ROW_WIDTH, VECTOR_BLOCK, num_warps=VECTOR_WARPS,
+            accuracies, N, M, problem.D, B, problem.positives, row_blocks, column_blocks, ceil(N, CHUNK),
+            ceil(M, CHUNK), smooth, ROW_WIDTH, VECTOR_BLOCK, num_warps=VECTOR_WARPS,
         )  # fmt: skip
         return *lse, *top, right.view(torch.bool), losses, accuracies
 
 
 @dataclass(frozen=True)
-class _Chunk:
+class Chunk:
     """A part of G: rows of some image views against columns of some text views; several views are whole views."""
 
     first_view: int
@@ -1239,7 +1239,7 @@ class _Chunk:
         return (0, _padded(self.columns)) if self.text_views == 1 else (self.columns, self.columns)
 
 
-def _chunks(problem: _Problem, workspace: int) -> Iterator[_Chunk]:
+def _chunks(problem: Problem, workspace: int) -> Iterator[Chunk]:
     """All of G at once where it fits the workspace, else pair by pair, in nearly square pieces.
 
     Square, because every piece reads and writes its part of both gradients; powers of two, because the library's
@@ -1248,7 +1248,7 @@ def _chunks(problem: _Problem, workspace: int) -> Iterator[_Chunk]:
     A, B, N, M = problem.A, problem.B, problem.N, problem.M
     entries = max(1, workspace // problem.x.element_size())
     if A * N * _padded(B * M) <= entries:
-        yield _Chunk(0, A, 0, N, 0, B, 0, M)
+        yield Chunk(0, A, 0, N, 0, B, 0, M)
         return
     columns = min(M, 1 << (math.isqrt(entries).bit_length() - 1))
     rows = min(N, max(1, entries // _padded(columns)))
@@ -1257,12 +1257,12 @@ def _chunks(problem: _Problem, workspace: int) -> Iterator[_Chunk]:
         for row in range(0, N, rows):
             for b in range(B):
                 for column in range(0, M, columns):
-                    yield _Chunk(a, 1, row, min(rows, N - row), b, 1, column, min(columns, M - column))
+                    yield Chunk(a, 1, row, min(rows, N - row), b, 1, column, min(columns, M - column))
 
 
 def _padded(columns: int) -> int:
     """A chunk's row length in memory: whole 32-byte pieces, for wide stores and the products' alignment."""
-    return _ceil(columns, 16) * 16
+    return ceil(columns, 16) * 16
 
 
 def _unpadded(length: int) -> int:
@@ -1283,7 +1283,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
 
 
 @dataclass
-class _Weights:
+class Weights:
     """What makes a problem's G: the log-sum-exps and weights of a softmax, or the bias of a sigmoid."""
 
     diagonal: bool
@@ -1293,24 +1293,41 @@ class _Weights:
     bias: Tensor | None = None
 
 
-class _Gradient:
-    """Sums over G, made chunk by chunk: 3 launches a chunk where both sides are wanted."""
+class Gradient:
+    """Sums over G, made chunk by chunk: 3 launches a chunk where both sides are wanted. Subclasses launch a chunk.
 
-    def __init__(self, problem: _Problem, weights: _Weights, need_image: bool, need_text: bool, workspace: int) -> None:
-        self.problem, self.weights = problem, weights
-        self.sigmoid = weights.bias is not None
-        self.config = _configs(problem).sigmoid if self.sigmoid else _configs(problem).gradient
+    Args:
+        problem: both sides.
+        config: of the kernel that makes a chunk.
+        statistics: numbers a tile leaves in ``parts``.
+        need_image, need_text: the gradients that ``finish`` gives.
+        workspace: bytes that a chunk may take.
+        weight: gradients to the rows' and columns' terms, any strides: ``unit`` then brings ``scale * weight * G`` into
+            range, else ``scale * G``.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        config: Config,
+        statistics: int,
+        need_image: bool,
+        need_text: bool,
+        workspace: int,
+        weight: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self.problem, self.config, self.weight = problem, config, weight
         self.d_x = problem.x.new_empty(problem.x.shape if need_image else 0, dtype=torch.float32)
         self.d_y = problem.x.new_empty(problem.y.shape if need_text else 0, dtype=torch.float32)
         self.store = need_image or need_text
         self.chunks = list(_chunks(problem, workspace)) if self.store else [_whole(problem)]
         self.slots = sum(self._tiles(chunk) for chunk in self.chunks if chunk.first_view == chunk.first_text_view == 0)
         self.unit = problem.scale.new_empty(2)
-        self.parts = problem.scale.new_empty(3 if self.sigmoid else 1, problem.pairs, self.slots)
+        self.parts = problem.scale.new_empty(statistics, problem.pairs, self.slots)
 
-    def _tiles(self, chunk: _Chunk) -> int:
+    def _tiles(self, chunk: Chunk) -> int:
         """Of one pair."""
-        return _ceil(chunk.rows, self.config.rows) * _ceil(chunk.columns, self.config.columns)
+        return ceil(chunk.rows, self.config.rows) * ceil(chunk.columns, self.config.columns)
 
     def run(self) -> None:
         """Fill ``unit``, ``parts`` and, before ``finish``, the sums of products."""
@@ -1323,12 +1340,17 @@ class _Gradient:
             height, width = chunk.shape
             stride = _padded(width)
             pair = chunk.first_view, chunk.first_text_view
-            self._launch_chunk(chunk, buffer, stride, slot[pair])
+            tiles = chunk.views * chunk.text_views * self._tiles(chunk)
+            self.launch_chunk(chunk, tiles, buffer, stride, slot[pair])
             slot[pair] += self._tiles(chunk)
             if self.store:
                 self._multiply(chunk, buffer[: height * stride].view(height, stride)[:, :width])
 
-    def _multiply(self, chunk: _Chunk, chunk_RC: Tensor) -> None:
+    def launch_chunk(self, chunk: Chunk, tiles: int, buffer: Tensor, stride: int, slot: int) -> None:
+        """A program for each of ``tiles``: rows to ``buffer``, ``stride`` apart, a pair's parts from ``slot`` on."""
+        raise NotImplementedError
+
+    def _multiply(self, chunk: Chunk, chunk_RC: Tensor) -> None:
         problem, (height, width) = self.problem, chunk.shape
         row = chunk.first_view * problem.N + chunk.first_row
         column = chunk.first_text_view * problem.M + chunk.first_column
@@ -1338,38 +1360,22 @@ class _Gradient:
         if self.d_y.numel():
             _product(chunk_RC.T, problem.x.flatten(0, 1)[rows], self.d_y.flatten(0, 1)[columns], row > 0)
 
-    def _strides(self) -> tuple[int, ...]:
-        if self.weights.weight is None:
+    def strides(self) -> tuple[int, ...]:
+        """Of both weights."""
+        if self.weight is None:
             return (0,) * 6
-        image, text = self.weights.weight
+        image, text = self.weight
         return *image.stride(), *text.stride()
 
     def _launch_unit(self) -> None:
         problem = self.problem
-        image, text = self.weights.weight or (problem.scale, problem.scale)
-        strides = self._strides()
+        image, text = self.weight or (problem.scale, problem.scale)
+        strides = self.strides()
         N, M = problem.N if strides[2] else 1, problem.M if strides[5] else 1  # an expanded weight is looked at once
         headroom = FP16_HEADROOM if problem.x.dtype == torch.float16 else 0
         _launch(
             _unit_kernel, (1,), problem.scale, image, text, self.unit, problem.B, problem.pairs, N, M, *strides,
-            headroom, not self.sigmoid, SUM_BLOCK, num_warps=SUM_WARPS,
-        )  # fmt: skip
-
-    def _launch_chunk(self, chunk: _Chunk, buffer: Tensor, stride: int, slot: int) -> None:
-        problem, weights, config = self.problem, self.weights, self.config
-        nothing = problem.scale
-        lse_image, lse_text = weights.lse or (nothing, nothing)
-        image, text = weights.weight or (nothing, nothing)
-        tiles = chunk.views * chunk.text_views * self._tiles(chunk)
-        _launch(
-            _gradient_kernel, (tiles,), problem.x, problem.y, problem.inverse_x, problem.inverse_y, problem.scale,
-            nothing if weights.bias is None else weights.bias, lse_image, lse_text, image, text,
-            nothing if weights.smoothing is None else weights.smoothing, self.unit, buffer, self.parts,
-            problem.N, problem.M, problem.D, problem.B, problem.row_offset, *self._strides(),
-            chunk.first_view, chunk.views, chunk.first_row, chunk.rows, chunk.first_text_view, chunk.text_views,
-            chunk.first_column, chunk.columns, stride, *chunk.store, problem.pairs, self.slots, slot,
-            problem.folded, weights.diagonal, weights.smoothing is not None, self.sigmoid, self.store,
-            *config.tile, GROUP, **config.built,
+            headroom, self.weight is not None, SUM_BLOCK, num_warps=SUM_WARPS,
         )  # fmt: skip
 
     def finish(self, dtype: torch.dtype, factor: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -1379,7 +1385,7 @@ class _Gradient:
         x_rows, y_rows = (math.prod(d.shape[:-1]) if d.numel() else 0 for d in out)
         if x_rows + y_rows:
             _launch(
-                _finish_kernel, (_ceil(x_rows, ROW_BLOCK) + _ceil(y_rows, ROW_BLOCK),), self.d_x, self.d_y,
+                _finish_kernel, (ceil(x_rows, ROW_BLOCK) + ceil(y_rows, ROW_BLOCK),), self.d_x, self.d_y,
                 problem.raw_x, problem.raw_y, problem.inverse_x, problem.inverse_y, *out, self.unit, factor,
                 x_rows, y_rows, problem.D, problem.normalize, problem.folded, ROW_BLOCK, ROW_WIDTH,
                 num_warps=ROW_WARPS,
@@ -1391,14 +1397,40 @@ class _Gradient:
         """``factor`` times the sums over all tiles, (statistics, A * B)."""
         sums = self.parts.new_empty(self.parts.shape[:2])
         _launch(
-            _sums_kernel, (sums.numel(),), self.parts, self.unit, sums, self.slots, factor, not self.sigmoid, SUM_BLOCK,
-            num_warps=SUM_WARPS,
+            _sums_kernel, (sums.numel(),), self.parts, self.unit, sums, self.slots, factor, self.weight is not None,
+            SUM_BLOCK, num_warps=SUM_WARPS,
         )  # fmt: skip
         return sums
 
 
-def _whole(problem: _Problem) -> _Chunk:
-    return _Chunk(0, problem.A, 0, problem.N, 0, problem.B, 0, problem.M)
+class ContrastiveGradient(Gradient):
+    """Of a softmax or, with a bias, of a sigmoid."""
+
+    def __init__(self, problem: Problem, weights: Weights, need_image: bool, need_text: bool, workspace: int) -> None:
+        self.weights, self.sigmoid = weights, weights.bias is not None
+        configs, statistics = _configs(problem), 3 if self.sigmoid else 1
+        config = configs.sigmoid if self.sigmoid else configs.gradient
+        super().__init__(problem, config, statistics, need_image, need_text, workspace, weights.weight)
+
+    def launch_chunk(self, chunk: Chunk, tiles: int, buffer: Tensor, stride: int, slot: int) -> None:
+        problem, weights, config = self.problem, self.weights, self.config
+        nothing = problem.scale
+        lse_image, lse_text = weights.lse or (nothing, nothing)
+        image, text = weights.weight or (nothing, nothing)
+        _launch(
+            _gradient_kernel, (tiles,), problem.x, problem.y, problem.inverse_x, problem.inverse_y, problem.scale,
+            nothing if weights.bias is None else weights.bias, lse_image, lse_text, image, text,
+            nothing if weights.smoothing is None else weights.smoothing, self.unit, buffer, self.parts,
+            problem.N, problem.M, problem.D, problem.B, problem.row_offset, *self.strides(),
+            chunk.first_view, chunk.views, chunk.first_row, chunk.rows, chunk.first_text_view, chunk.text_views,
+            chunk.first_column, chunk.columns, stride, *chunk.store, problem.pairs, self.slots, slot,
+            problem.folded, weights.diagonal, weights.smoothing is not None, self.sigmoid, self.store,
+            *config.tile, GROUP, **config.built,
+        )  # fmt: skip
+
+
+def _whole(problem: Problem) -> Chunk:
+    return Chunk(0, problem.A, 0, problem.N, 0, problem.B, 0, problem.M)
 
 
 def contrastive_backward(
@@ -1430,14 +1462,14 @@ def contrastive_backward(
         (A, N, D) and (B, M, D) in the inputs' dtype, of shape (0,) where not needed, and (A, B) in float32.
     """
     with _on(image_AND):
-        problem = _Problem(image_AND, text_BMD, scale_AB, row_offset, normalize)
-        weights = _Weights(
+        problem = Problem(image_AND, text_BMD, scale_AB, row_offset, normalize)
+        weights = Weights(
             diagonal,
             smoothing=problem.smoothing(smoothing) if diagonal and any(smoothing) else None,
             lse=(lse_image_ABN.contiguous(), lse_text_ABM.contiguous()),
             weight=(weight_image_ABN, weight_text_ABM),
         )
-        gradient = _Gradient(problem, weights, need_image, need_text, workspace)
+        gradient = ContrastiveGradient(problem, weights, need_image, need_text, workspace)
         gradient.run()
         d_image, d_text = gradient.finish(image_AND.dtype)
         return d_image, d_text, gradient.sums().view(problem.A, problem.B)
@@ -1464,9 +1496,9 @@ def sigmoid_forward_backward(
         Loss (), gradients (N, D) and (M, D) in float32 (of shape (0,) without ``need_grad``), of scale () and bias ().
     """
     with _on(image_ND):
-        problem = _Problem(image_ND[None], text_MD[None], scale.reshape(1, 1), row_offset, normalize)
-        weights = _Weights(diagonal=True, bias=bias.detach().float().reshape(1))
-        gradient = _Gradient(problem, weights, need_grad, need_grad, workspace)
+        problem = Problem(image_ND[None], text_MD[None], scale.reshape(1, 1), row_offset, normalize)
+        weights = Weights(diagonal=True, bias=bias.detach().float().reshape(1))
+        gradient = ContrastiveGradient(problem, weights, need_grad, need_grad, workspace)
         gradient.run()
         d_image, d_text = gradient.finish(torch.float32, 1 / problem.N)
         d_scale, d_bias, loss = gradient.sums(1 / problem.N).view(3).unbind()

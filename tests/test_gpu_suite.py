@@ -37,7 +37,16 @@ def results(folder: Path) -> list[dict[str, Any]]:
 def test_every_row_runs(suite: ModuleType, tmp_path: Path) -> None:
     assert suite.main([*SMALL, "--output", str(tmp_path)]) == 0
     found = results(tmp_path)
-    assert {r["kind"] for r in found} == {"ceiling", "check", "repeatable", "launches", "views", "projector", "time"}
+    assert {r["kind"] for r in found} == {
+        "ceiling",
+        "check",
+        "repeatable",
+        "launches",
+        "views",
+        "projector",
+        "swalip",
+        "time",
+    }
     assert all(r["status"] == ("skipped" if r["kind"] in CUDA_ONLY else "ok") for r in found), found
     assert all("CUDA only" in r["note"] for r in found if r["kind"] in CUDA_ONLY)
     (report,) = tmp_path.glob("*.md")

@@ -65,3 +65,26 @@ def test_repeatable_refused_twice_compiled_and_checked() -> None:
     torch.testing.assert_close(compiled(x, y), kernels.barlow_loss(x, y))
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(kernels.barlow_loss(x, y), reference.barlow_loss(x, y))
+
+
+def test_products_of_half_precision_are_written_where_they_belong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's way, with a product of the CPU's: straight into whole rows, through a copy into columns or a sum."""
+    x, y = (side.detach().bfloat16() for side in pair(6, 4))
+    into: list[Tensor | None] = []
+
+    def product(a: Tensor, b: Tensor, *, out_dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        into.append(out)
+        made = a.to(out_dtype) @ b.to(out_dtype)
+        return made if out is None else out.copy_(made)
+
+    sides = barlow._Sides(x, y)
+    sides.narrow = True
+    expected, whole = x.float() @ y.float().T, torch.ones(8, 8)
+    monkeypatch.setattr(torch, "mm", product)
+    rows, columns = whole[:6, :6].clone(), whole[1:7, 2:]
+    for out, options in ((rows, {}), (columns, {}), (columns, {"add": True})):
+        sides.put(out, x, y.T, **options)
+    assert into[0] is rows
+    assert into[1:] == [None, None]
+    torch.testing.assert_close(rows, expected)
+    torch.testing.assert_close(columns, 2 * expected)

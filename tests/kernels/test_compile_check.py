@@ -28,11 +28,20 @@ PROJECTOR = [
     compile_check.ProjectorCase(90, "bf16", 4096),
     compile_check.ProjectorCase(100, "fp32", 3001, "-"),
 ]
+SINKHORN = [
+    compile_check.SinkhornCase(80, "fp16", 512),
+    compile_check.SinkhornCase(90, "bf16", 512),
+    compile_check.SinkhornCase(100, "bf16", 512, "small"),
+]
 PASSES = {"_moments_kernel", "_common_moments_kernel", "_normalize_kernel", "_sums_kernel", "_total_kernel"}
 
 
-def check(rows: list[compile_check.Row]) -> None:
-    assert {row.kernel for row in rows} >= set(compile_check.PRODUCT_KERNELS)
+CONTRASTIVE = {"_forward_kernel", "_diagonal_kernel", "_gradient_kernel"}
+LABELS = {"_sweep_kernel", "_scalings_kernel", "_labels_kernel"}
+
+
+def check(rows: list[compile_check.Row], expected: set[str] = CONTRASTIVE) -> None:
+    assert {row.kernel for row in rows} >= expected
     assert not [row for row in rows if row.stack], "spills: choose another configuration"
     for row in rows:
         pinned = "default" not in row.size  # tiles for unknown devices are too small for the newest instruction
@@ -43,6 +52,16 @@ def check(rows: list[compile_check.Row]) -> None:
 @pytest.mark.parametrize("case", EVERYDAY, ids=lambda case: f"sm_{case.arch}-{case.dtype}")
 def test_no_spills_and_tensor_cores(case: compile_check.Case) -> None:
     check(list(compile_check.rows([case])))
+
+
+@pytest.mark.parametrize("case", SINKHORN, ids=lambda case: f"sm_{case.arch}-{case.dtype}")
+def test_labels_do_not_spill_and_run_on_tensor_cores(case: compile_check.SinkhornCase) -> None:
+    check(list(compile_check.rows([case])), LABELS)
+
+
+@pytest.mark.slow
+def test_every_configuration_of_labels() -> None:
+    check(list(compile_check.rows(compile_check.sinkhorn_cases())), LABELS)
 
 
 @pytest.mark.parametrize("case", VIEWS, ids=lambda case: f"sm_{case.arch}-{case.dtype}")

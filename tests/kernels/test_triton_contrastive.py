@@ -460,7 +460,7 @@ def test_launches(views, normalize, smoothing):
     assert len(count(problem.statistics)) == 4 + rows + (smoothing > 0) <= 6
     backward = count(lambda: problem.backward(lse, weights))
     assert len(backward) == 6 + normalize + (smoothing > 0) <= 8
-    chunks = len(list(kernels._chunks(kernels._Problem(problem.image, problem.text, problem.scale, 0, False), 5000)))
+    chunks = len(list(kernels._chunks(kernels.Problem(problem.image, problem.text, problem.scale, 0, False), 5000)))
     assert len(count(lambda: problem.backward(lse, weights, 5000))) == len(backward) + 3 * (chunks - 1)
 
 
@@ -528,7 +528,7 @@ def test_sigmoid_launches():
 def laid_out(rows, columns, width=512, views=(1, 1), dtype=BF16):
     """A problem of any size, without its numbers."""
     x, y = (torch.empty(v, n, width, dtype=dtype, device="meta") for v, n in zip(views, (rows, columns), strict=True))
-    return kernels._Problem(x, y, x.new_empty(*views, dtype=FP32), 0, False)
+    return kernels.Problem(x, y, x.new_empty(*views, dtype=FP32), 0, False)
 
 
 @settings(deadline=None, max_examples=100)
@@ -554,7 +554,7 @@ def test_partial_statistics_stay_within_the_workspace(rows, views):
     problem = laid_out(rows, rows, views=(views, views))
     for arch, workspace in itertools.product((80, 90, 100, 0), (64 * MIB, 256 * MIB)):
         with mock.patch.object(kernels, "_architecture", return_value=arch):
-            statistics = kernels._Statistics(problem, True, workspace)
+            statistics = kernels.Statistics(problem, True, workspace)
         parts = statistics.row_part.nbytes + statistics.column_part.nbytes
         assert parts <= max(workspace, 48 * rows * views**2)
         if rows in (32_768, 65_536):  # and there is work for every multiprocessor
