@@ -199,16 +199,20 @@ def compile_advice(error: Exception) -> str:
 def _shard(model: DualEncoder, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """Spread parameters over the mesh: each transformer block and each tower is gathered by itself when it runs.
 
-    Blocks are gathered in ``dtype``: autocast would make narrow copies of all, which live until the backward pass.
-    Their gradients are summed in float32.
+    A block's matrices are gathered in ``dtype``: autocast would make narrow copies of all of them, which live until the
+    backward pass. Gradients are summed in float32, and norms, which are computed in it, gathered in it.
     """
-    narrow = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy()
+    if dtype.itemsize == 2:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()  # FSDP2 knows no channels_last
     towers = [tower for each in (model, model.momentum) if each is not None for tower in (each.visual, each.text)]
     for tower in towers:
         for block in tower.modules():
             if isinstance(block, TransformerBlock):
-                fully_shard(block, mesh=mesh, mp_policy=narrow if dtype.itemsize == 2 else MixedPrecisionPolicy())
+                if dtype.itemsize == 2:
+                    fully_shard([block.norm1, block.norm2], mesh=mesh)
+                fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(tower, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if p.ndim == 0})
