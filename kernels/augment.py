@@ -4,160 +4,31 @@ Shape legend: H, W source height and width; h, w view height and width. ``source
 ``out`` uint8 (3, h, w). Order: window, resize (or warp), flip, colour matrix, blur, erase, solarize; the values stay
 float32, are clipped to [0, 255] after each step, and are rounded once, at the end.
 
-Resizing is the antialiased bicubic of Pillow (a = -0.5, the filter stretched by the reduction), columns first, rounded
-between the passes: equal but for sums within float32 of a tie, seldom 1 grey level, at most 2. (From Pillow 13 on,
-pictures much more reduced in height than in width take rows first there: seldom 10 levels apart, at hard edges.)
+Resizing (resize.py) is the antialiased bicubic of Pillow, columns first: equal but for sums within 1/100 grey level of a
+tie, seldom 1 grey level, at most 2. (From Pillow 13 on, pictures much more reduced in height than in width take rows
+first there: seldom 10 levels apart, at hard edges.)
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 
-from rocket_fast.errors import optional_import, require
+from rocket_fast.errors import require
 from rocket_fast.image_augment import ViewParams
-
-cv2 = optional_import("cv2", "train")
-numba = optional_import("numba", "train")
+from rocket_fast.kernels.resize import ROUNDING, compiled, resize
 
 Four = tuple[float, float, float, float]
 _MARGIN_LEVELS = 8  # what a JPEG's noise stays below
-_ROUNDING = 1e-6  # of a source pixel: what a window may be off by
 _SAME = np.eye(3)
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's "L"; image_augment.LUMA, but numba's cache sees only this file
 
 
-def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """numba.njit without the GIL, cached on disk; compiled anew in every process where no folder can be written."""
-    try:
-        return numba.njit(nogil=True, cache=True, fastmath=True)(function)
-    except RuntimeError:  # numba: "no locator available": neither __pycache__ nor the user's cache folder is writable
-        return numba.njit(nogil=True, fastmath=True)(function)
-
-
-@_jit
-def _bicubic_taps(start: float, length: float, low: int, high: int, size: int) -> Any:
-    """Per output pixel: first source index (size,), number of taps (size,), weights (size, T) summing to one.
-
-    T is a multiple of 8; weights beyond the number of taps are zero.
-    """
-    scale = length / size
-    stretch = max(scale, 1.0)
-    support = 2.0 * stretch
-    first = np.empty(size, np.int64)
-    count = np.empty(size, np.int64)
-    weights = np.zeros((size, (int(np.ceil(support)) * 2 + 8) // 8 * 8), np.float32)
-    for i in range(size):
-        centre = start + (i + 0.5) * scale
-        begin = max(int(centre - support + 0.5), low)
-        end = min(int(centre + support + 0.5), high)
-        total = 0.0
-        for k in range(end - begin):
-            x = abs((begin + k + 0.5 - centre) / stretch)
-            value = 0.0
-            if x < 1.0:
-                value = (1.5 * x - 2.5) * x * x + 1.0
-            elif x < 2.0:
-                value = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
-            weights[i, k] = value
-            total += value
-        for k in range(end - begin):
-            weights[i, k] /= total
-        first[i] = begin
-        count[i] = end - begin
-    return first, count, weights
-
-
-@_jit
-def _combine(lines: np.ndarray, first: int, count: int, weights: np.ndarray, total: np.ndarray) -> None:
-    """``total = sum_k weights[k] * lines[first + k]``, eight lines at a time: sums stay in registers.
-
-    ``weights`` are zero from ``count`` on; the last line stands in for lines beyond it.
-    """
-    last = first + count - 1
-    for k in range(0, count, 8):
-        at = first + k
-        a, b, c, d = lines[at], lines[min(at + 1, last)], lines[min(at + 2, last)], lines[min(at + 3, last)]
-        e, f, g, h = (
-            lines[min(at + 4, last)], lines[min(at + 5, last)], lines[min(at + 6, last)], lines[min(at + 7, last)],
-        )  # fmt: skip
-        wa, wb, wc, wd = weights[k], weights[k + 1], weights[k + 2], weights[k + 3]
-        we, wf, wg, wh = weights[k + 4], weights[k + 5], weights[k + 6], weights[k + 7]
-        if k == 0:
-            for x in range(total.size):
-                total[x] = (
-                    wa * np.float32(a[x]) + wb * np.float32(b[x]) + wc * np.float32(c[x]) + wd * np.float32(d[x])
-                    + we * np.float32(e[x]) + wf * np.float32(f[x]) + wg * np.float32(g[x]) + wh * np.float32(h[x])
-                )  # fmt: skip
-        else:
-            for x in range(total.size):
-                total[x] += (
-                    wa * np.float32(a[x]) + wb * np.float32(b[x]) + wc * np.float32(c[x]) + wd * np.float32(d[x])
-                    + we * np.float32(e[x]) + wf * np.float32(f[x]) + wg * np.float32(g[x]) + wh * np.float32(h[x])
-                )  # fmt: skip
-
-
-@_jit
-def _resize_columns(
-    lines: np.ndarray, first: np.ndarray, count: np.ndarray, weights: np.ndarray, flip: bool, out: np.ndarray
-) -> None:
-    """Columns of the source (W, 3 H), combined into the view's (w, 3 H), rounded and clipped to uint8."""
-    w = first.size
-    total = np.empty(lines.shape[1], np.float32)
-    for x in range(w):
-        _combine(lines, first[x], count[x], weights[x], total)
-        to = out[w - 1 - x if flip else x]
-        for j in range(total.size):
-            to[j] = np.uint8(np.int32(_clip(total[j] + np.float32(0.5))))
-
-
-@_jit
-def _resize_rows(
-    lines: np.ndarray, first: np.ndarray, count: np.ndarray, weights: np.ndarray, half: float, view: np.ndarray
-) -> None:
-    """Rows (H, 3 w) of interleaved colours, combined into ``view`` (3, h, w): float32, or uint8 with ``half`` .5."""
-    h, w = view.shape[1], view.shape[2]
-    total = np.empty(3 * w, np.float32)
-    for y in range(h):
-        _combine(lines, first[y], count[y], weights[y], total)
-        red, green, blue = view[0, y], view[1, y], view[2, y]
-        for x in range(w):
-            red[x] = _clip(total[3 * x] + half)
-            green[x] = _clip(total[3 * x + 1] + half)
-            blue[x] = _clip(total[3 * x + 2] + half)
-
-
-def _resize(source: np.ndarray, window: Four, bounded: bool, flip: bool, view: np.ndarray) -> None:
-    """Columns first, rounded and clipped as Pillow does between its passes, then rows, into ``view`` (3, h, w).
-
-    Both passes add up whole lines, which vector instructions like; the picture is turned for the first and turned back.
-    """
-    top, left, height, width = window
-    h, w = view.shape[1:]
-    low_y, high_y, low_x, high_x = 0, source.shape[0], 0, source.shape[1]
-    if bounded:
-        low_y, high_y = int(top), min(high_y, math.ceil(top + height - _ROUNDING))
-        low_x, high_x = int(left), min(high_x, math.ceil(left + width - _ROUNDING))
-    first_y, count_y, weight_y = _bicubic_taps(top, height, low_y, high_y, h)
-    first_x, count_x, weight_x = _bicubic_taps(left, width, low_x, high_x, w)
-    row, end_row = first_y[0], first_y[-1] + count_y[-1]
-    column, end_column = first_x[0], first_x[-1] + count_x[-1]
-    turned = cv2.transpose(source[row:end_row, column:end_column])
-    narrow = np.empty((w, 3 * (end_row - row)), np.uint8)
-    _resize_columns(turned.reshape(turned.shape[0], -1), first_x - column, count_x, weight_x, flip, narrow)
-    lines = cv2.transpose(narrow.reshape(w, -1, 3)).reshape(end_row - row, 3 * w)
-    _resize_rows(lines, first_y - row, count_y, weight_y, np.float32(0.5 * (view.dtype == np.uint8)), view)
-
-
-@_jit
+@compiled
 def _clip(value: float) -> float:
     return min(max(value, np.float32(0.0)), np.float32(255.0))
 
 
-@_jit
+@compiled
 def _warp(source: np.ndarray, window: Four, warp: Four, flip: bool, view: np.ndarray) -> None:
     """Rotated, sheared or zoomed-out window: bilinear, averaged over points at most 2 source pixels apart.
 
@@ -199,7 +70,7 @@ def _warp(source: np.ndarray, window: Four, warp: Four, flip: bool, view: np.nda
             view[2, y, to] = blue * share
 
 
-@_jit
+@compiled
 def _bilinear(flat: np.ndarray, here: int, right: int, below: int, fx: float, fy: float) -> float:
     one = np.float32(1.0)
     upper = (one - fx) * np.float32(flat[here]) + fx * np.float32(flat[here + right])
@@ -207,7 +78,7 @@ def _bilinear(flat: np.ndarray, here: int, right: int, below: int, fx: float, fy
     return (one - fy) * upper + fy * lower
 
 
-@_jit
+@compiled
 def _recolour(view: np.ndarray, matrix: np.ndarray, pivot: np.ndarray, shift: np.ndarray) -> None:
     """colour' = matrix @ colour + pivot * mean luma + shift, in place and clipped."""
     flat = view.reshape(3, view.shape[1] * view.shape[2])
@@ -225,7 +96,7 @@ def _recolour(view: np.ndarray, matrix: np.ndarray, pivot: np.ndarray, shift: np
         blues[i] = _clip(m[6] * red + m[7] * green + m[8] * blue + offset[2])
 
 
-@_jit
+@compiled
 def _blur(view: np.ndarray, sigma: float) -> None:
     """Separable Gaussian cut off at 3 sigma, edges mirrored without repeating the border (cv2's default), in place."""
     h, w = view.shape[1], view.shape[2]
@@ -254,7 +125,7 @@ def _blur(view: np.ndarray, sigma: float) -> None:
                 target[x] = source[x]
 
 
-@_jit
+@compiled
 def _convolve(source: np.ndarray, weights: np.ndarray, radius: int, step: int, out: np.ndarray) -> None:
     """``out[x] = sum_k weights[|k|] source[x + (radius + k) step]``, three pairs at a time: sums stay in registers."""
     size = out.size
@@ -273,7 +144,7 @@ def _convolve(source: np.ndarray, weights: np.ndarray, radius: int, step: int, o
                 out[x] += u * (a[x] + b[x]) + v * (c[x] + d[x]) + w * (e[x] + f[x])
 
 
-@_jit
+@compiled
 def _mirror(i: int, size: int) -> int:
     """Index i reflected into [0, size), as often as it takes: ... 2 1 | 0 1 2 ..."""
     if size == 1:
@@ -283,7 +154,7 @@ def _mirror(i: int, size: int) -> int:
     return min(i, period - i)
 
 
-@_jit
+@compiled
 def _erase(view: np.ndarray, box: Four) -> None:
     """A rectangle, given in fractions of the view, takes the view's mean colour."""
     top, left, height, width = box
@@ -295,7 +166,7 @@ def _erase(view: np.ndarray, box: Four) -> None:
         view[c, y0:y1, x0:x1] = mean
 
 
-@_jit
+@compiled
 def _finish(
     view: np.ndarray,
     recolour: bool,
@@ -320,7 +191,7 @@ def _finish(
         target[i] = 255 - value if value >= solarize else value
 
 
-@_jit
+@compiled
 def _over_white(pixels: np.ndarray, out: np.ndarray) -> None:
     for y in range(out.shape[0]):
         for x in range(out.shape[1]):
@@ -330,7 +201,7 @@ def _over_white(pixels: np.ndarray, out: np.ndarray) -> None:
                 out[y, x, c] = (value + 127) // 255
 
 
-@_jit
+@compiled
 def _content_box(pixels: np.ndarray) -> tuple[int, int, int, int]:
     """Top, bottom, left, right of what is not the corner's colour; an empty box (0, 0, 0, 0) if nothing is."""
     h, w = pixels.shape[0], pixels.shape[1]
@@ -377,18 +248,18 @@ def render_view(source: np.ndarray, params: ViewParams, out: np.ndarray) -> None
     top, left, rows, columns = p.window
     inside = top >= 0 and left >= 0 and rows > 0 and columns > 0
     require(inside, "window", p.window, "an area that begins inside the picture")
-    inside = top + rows <= height + _ROUNDING and left + columns <= width + _ROUNDING
+    inside = top + rows <= height + ROUNDING and left + columns <= width + ROUNDING
     require(inside, "window", p.window, f"one that ends inside the picture of {height} x {width}")
     recolour = bool((p.matrix != _SAME).any() or p.shift.any())
     warped = p.warp != (1.0, 0.0, 0.0, 1.0)
     if not (warped or recolour or p.blur_sigma > 0 or p.erase[2] > 0 or p.solarize <= 255):
-        _resize(source, p.window, p.bounded, p.flip, out)
+        resize(source, p.window, p.bounded, p.flip, out)
         return
     view = np.empty(out.shape, np.float32)
     if warped:
         _warp(source, p.window, p.warp, p.flip, view)
     else:
-        _resize(source, p.window, p.bounded, p.flip, view)
+        resize(source, p.window, p.bounded, p.flip, view)
     _finish(view, recolour, p.matrix, p.pivot, p.shift, p.blur_sigma, p.erase, p.solarize, out)
 
 
