@@ -14,12 +14,11 @@ from __future__ import annotations
 import numpy as np
 
 from rocket_fast.errors import require
-from rocket_fast.image_augment import ViewParams
-from rocket_fast.kernels.resize import ROUNDING, compiled, resize
+from rocket_fast.image_augment import SAME, ZERO, ViewParams
+from rocket_fast.kernels.resize import BLOCK, ROUNDING, address, compiled, resize, sum_lines
 
 Four = tuple[float, float, float, float]
 _MARGIN_LEVELS = 8  # what a JPEG's noise stays below
-_SAME = np.eye(3)
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's "L"; image_augment.LUMA, but numba's cache sees only this file
 
 
@@ -97,51 +96,34 @@ def _recolour(view: np.ndarray, matrix: np.ndarray, pivot: np.ndarray, shift: np
 
 
 @compiled
-def _blur(view: np.ndarray, sigma: float) -> None:
-    """Separable Gaussian cut off at 3 sigma, edges mirrored without repeating the border (cv2's default), in place."""
+def _blur(view: np.ndarray, sigma: float, out: np.ndarray) -> None:
+    """Separable Gaussian cut off at 3 sigma, edges mirrored without repeating the border (cv2's default), into ``out``.
+
+    A row at a time: down the columns into a line with mirrored ends, which stays in the first cache, then along it.
+    ``view`` and ``out``: ``_planes``.
+    """
     h, w = view.shape[1], view.shape[2]
     radius = max(1, int(np.ceil(3.0 * sigma)))
-    taps = np.exp(-0.5 * (np.arange(radius + 1) / sigma) ** 2)
-    taps /= 2.0 * taps.sum() - taps[0]
-    weights = np.zeros(radius + 3, np.float32)  # those that fill up the last three are zero
-    weights[: radius + 1] = taps
-    # Planes with their mirrored borders, as long lines: every step is one loop over all of one.
-    width = w + 2 * radius
-    padded = np.empty((h + 2 * radius) * width, np.float32)
-    columns, rows = np.empty(h * width, np.float32), np.empty(h * width - 2 * radius, np.float32)
+    count = 2 * radius + 1
+    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    weights = (weights / weights.sum()).astype(np.float32)
+    line = np.zeros(w + 2 * radius + 2 * BLOCK, np.float32)
+    rows, columns = np.empty(count, np.int64), address(line) + 4 * np.arange(count)
     for c in range(3):
-        for y in range(h + 2 * radius):
-            line, source = padded[y * width : (y + 1) * width], view[c, _mirror(y - radius, h)]
-            for x in range(w):
-                line[radius + x] = source[x]
-            for x in range(radius):
-                line[x] = source[_mirror(x - radius, w)]
-                line[radius + w + x] = source[_mirror(w + x, w)]
-        _convolve(padded, weights, radius, width, columns)
-        _convolve(columns, weights, radius, 1, rows)
         for y in range(h):
-            target, source = view[c, y], rows[y * width : y * width + w]
-            for x in range(w):
-                target[x] = source[x]
+            for k in range(count):
+                rows[k] = address(view) + 4 * w * (c * h + _mirror(y + k - radius, h))
+            sum_lines(address(rows), count, address(weights), w, columns[radius])
+            for x in range(radius):
+                line[x] = line[radius + _mirror(x - radius, w)]
+                line[radius + w + x] = line[radius + _mirror(w + x, w)]
+            sum_lines(address(columns), count, address(weights), w, address(out) + 4 * w * (c * h + y))
 
 
 @compiled
-def _convolve(source: np.ndarray, weights: np.ndarray, radius: int, step: int, out: np.ndarray) -> None:
-    """``out[x] = sum_k weights[|k|] source[x + (radius + k) step]``, three pairs at a time: sums stay in registers."""
-    size = out.size
-    middle = source[radius * step : radius * step + size]
-    for k in range(1, radius + 1, 3):
-        near, far = min(k + 1, radius), min(k + 2, radius)
-        u, v, w = weights[k], weights[k + 1], weights[k + 2]
-        a, b = source[(radius - k) * step :], source[(radius + k) * step :]
-        c, d = source[(radius - near) * step :], source[(radius + near) * step :]
-        e, f = source[(radius - far) * step :], source[(radius + far) * step :]
-        if k == 1:
-            for x in range(size):
-                out[x] = weights[0] * middle[x] + u * (a[x] + b[x]) + v * (c[x] + d[x]) + w * (e[x] + f[x])
-        else:
-            for x in range(size):
-                out[x] += u * (a[x] + b[x]) + v * (c[x] + d[x]) + w * (e[x] + f[x])
+def _planes(h: int, w: int) -> np.ndarray:
+    """float32 (3, h, w), uninitialised, in memory that ``sum_lines`` may read and write beyond."""
+    return np.empty(3 * h * w + BLOCK, np.float32)[: 3 * h * w].reshape(3, h, w)
 
 
 @compiled
@@ -182,13 +164,16 @@ def _finish(
     if recolour:
         _recolour(view, matrix, pivot, shift)
     if sigma > 0.0:
-        _blur(view, sigma)
+        blurred = _planes(view.shape[1], view.shape[2])
+        _blur(view, sigma, blurred)
+        view = blurred
     if erase[2] > 0.0:
         _erase(view, erase)
     values, target = view.reshape(view.size), out.reshape(out.size)
+    threshold = np.int32(solarize)
     for i in range(values.size):
         value = np.int32(values[i] + np.float32(0.5))
-        target[i] = 255 - value if value >= solarize else value
+        target[i] = np.uint8(np.int32(255) - value if value >= threshold else value)
 
 
 @compiled
@@ -250,12 +235,13 @@ def render_view(source: np.ndarray, params: ViewParams, out: np.ndarray) -> None
     require(inside, "window", p.window, "an area that begins inside the picture")
     inside = top + rows <= height + ROUNDING and left + columns <= width + ROUNDING
     require(inside, "window", p.window, f"one that ends inside the picture of {height} x {width}")
-    recolour = bool((p.matrix != _SAME).any() or p.shift.any())
+    stays = p.matrix is SAME and p.shift is ZERO  # as drawn; comparing takes as long as a twentieth of resizing
+    recolour = not stays and bool((p.matrix != SAME).any() or p.shift.any())
     warped = p.warp != (1.0, 0.0, 0.0, 1.0)
     if not (warped or recolour or p.blur_sigma > 0 or p.erase[2] > 0 or p.solarize <= 255):
         resize(source, p.window, p.bounded, p.flip, out)
         return
-    view = np.empty(out.shape, np.float32)
+    view = _planes(*out.shape[1:])
     if warped:
         _warp(source, p.window, p.warp, p.flip, view)
     else:

@@ -29,7 +29,7 @@ cgutils = optional_import("numba.core.cgutils", "train")
 extending = optional_import("numba.extending", "train")
 ir = optional_import("llvmlite.ir", "train")
 
-_BLOCK = 32  # columns that the second pass makes at once; a view is as many wide, or a multiple
+BLOCK = 32  # columns that are made of rows at once; a view is as many wide, or a multiple
 _GROUP, _TAPS = 8, 4  # columns that the first pass makes at once, from so many pixels at once
 ROUNDING = 1e-6  # of a source pixel: what a window may be off by
 _SLACK = 4  # bytes that the first pass may read beyond the last pixel it needs
@@ -54,7 +54,7 @@ def resize(
     ``image_augment.ViewParams``. Releases the GIL.
     """
     _, h, w = view.shape
-    wide = view if w % _BLOCK == 0 else np.empty((3, h, -(-w // _BLOCK) * _BLOCK), view.dtype)
+    wide = view if w % BLOCK == 0 else np.empty((3, h, -(-w // BLOCK) * BLOCK), view.dtype)
     _resize(source, *window, bounded, flip, w, wide)
     if wide is not view:
         view[...] = wide[..., :w]
@@ -195,11 +195,11 @@ def _one_row(typing: Any, lines: Any, count: Any, weights: Any, bits: Any, width
         one = b.shl(_I32(1), bits)
         start = _vector(_I32, [0] * 8) if to_float else _splat(b, b.lshr(one, _I32(1)), 8)
         scale = b.fdiv(ir.Constant(_F32, 1.0), b.sitofp(one, _F32))
-        sums = [cgutils.alloca_once(b, ints) for _ in range(_BLOCK // 8)]
+        sums = [cgutils.alloca_once(b, ints) for _ in range(BLOCK // 8)]
         for c in range(3):
             colour = b.add(out, b.mul(plane, _I64(c)))
-            with cgutils.for_range(b, b.udiv(width, _I64(_BLOCK)), intp=_I64) as blocks:
-                x = b.mul(blocks.index, _I64(_BLOCK))
+            with cgutils.for_range(b, b.udiv(width, _I64(BLOCK)), intp=_I64) as blocks:
+                x = b.mul(blocks.index, _I64(BLOCK))
                 begin = b.mul(b.add(b.mul(width, _I64(c)), x), _I64(4))
                 for total in sums:
                     b.store(start, total)
@@ -221,10 +221,46 @@ def _one_row(typing: Any, lines: Any, count: Any, weights: Any, bits: Any, width
                     while len(totals) > 1:
                         size = 2 * totals[0].type.count
                         totals = [b.shuffle_vector(*two, _vector(_I32, range(size))) for two in zip(totals[::2], totals[1::2], strict=True)]
-                    _store(b, b.trunc(totals[0], ir.VectorType(_I8, _BLOCK)), b.add(colour, x))
+                    _store(b, b.trunc(totals[0], ir.VectorType(_I8, BLOCK)), b.add(colour, x))
         return context.get_dummy_value()
 
     return numba.void(*(numba.int64,) * 7, view), codegen
+
+
+@extending.intrinsic
+def sum_lines(typing: Any, lines: Any, count: Any, weights: Any, width: Any, out: Any) -> Any:
+    """Lines of float32, times their weights, added up into ``out``.
+
+    Addresses: ``lines`` of ``count`` addresses, ``weights`` of float32 [count]. Lines are read and ``out`` is written to
+    ``width`` or the next multiple of 32.
+    """
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        lines, count, weights, width, out = args
+        floats = ir.VectorType(_F32, 8)
+        sums = [cgutils.alloca_once(b, floats) for _ in range(BLOCK // 8)]
+        blocks = b.udiv(b.add(width, _I64(BLOCK - 1)), _I64(BLOCK))
+        with cgutils.for_range(b, blocks, intp=_I64) as loop:
+            begin = b.mul(loop.index, _I64(4 * BLOCK))
+            for total in sums:
+                b.store(ir.Constant(floats, [0.0] * 8), total)
+            with cgutils.for_range(b, count, intp=_I64) as taps:
+                line = b.add(_load(b, b.add(lines, b.mul(taps.index, _I64(8))), _I64), begin)
+                weight = _splat(b, _load(b, b.add(weights, b.mul(taps.index, _I64(4))), _F32), 8)
+                for i, total in enumerate(sums):
+                    product = b.fmul(_load(b, b.add(line, _I64(32 * i)), floats), weight, flags=["contract"])
+                    b.store(b.fadd(b.load(total), product, flags=["contract"]), total)
+            for i, total in enumerate(sums):
+                _store(b, b.load(total), b.add(b.add(out, begin), _I64(32 * i)))
+        return context.get_dummy_value()
+
+    return numba.void(*(numba.int64,) * 5), codegen
+
+
+@compiled
+def address(array: np.ndarray) -> int:
+    """Where its values begin, for the vector code; numba's ``ctypes.data`` is unsigned, and a float once added to."""
+    return np.int64(array.ctypes.data)
 
 
 # The passes ------------------------------------------------------------------------------------------------------------
@@ -362,17 +398,17 @@ def _resize(
             r = 2 * wanted
             if r < safe:
                 stride = 3 * W if r + 1 < rows else 0
-                address = source.ctypes.data + 3 * ((row + r) * W + column)
+                pixel = address(source) + 3 * ((row + r) * W + column)
             else:
                 stride = tail.shape[1] if r + 1 < rows else 0
-                address = tail.ctypes.data + (r - safe) * tail.shape[1]
-            to = ring[wanted % slots].ctypes.data
+                pixel = address(tail) + (r - safe) * tail.shape[1]
+            to = address(ring[wanted % slots])
             _two_rows(
-                address, stride, offsets.ctypes.data, filters.ctypes.data, taps // _TAPS, bits_x, outputs, to
+                pixel, stride, address(offsets), address(filters), taps // _TAPS, bits_x, outputs, to
             )
         made = max(made, pair[y] + pairs[y])
         for i in range(pairs[y]):
-            lines[i] = ring[(pair[y] + i) % slots].ctypes.data
-        to = view.ctypes.data + y * outputs * item
-        at = row_filters[y].ctypes.data
-        _one_row(lines.ctypes.data, pairs[y], at, bits_y, outputs, to, h * outputs * item, view)
+            lines[i] = address(ring[(pair[y] + i) % slots])
+        to = address(view) + y * outputs * item
+        at = address(row_filters[y])
+        _one_row(address(lines), pairs[y], at, bits_y, outputs, to, h * outputs * item, view)

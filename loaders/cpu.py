@@ -7,7 +7,6 @@ trainer's memory: there is nothing to fork, to pickle or to copy.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import io
 import json
@@ -15,7 +14,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from rocket_fast.batch import Batch, PackedText
 from rocket_fast.errors import Failed, InvalidArgument, optional_import, require
-from rocket_fast.image_augment import ImageAugmentConfig, ViewConfig, ViewParams, centre_view, draw
+from rocket_fast.image_augment import ImageAugmentConfig, ViewConfig, ViewParams, centre_view, draw_unplaced
 from rocket_fast.loaders.base import TEXT_STREAM, BadSampleError, DataConfig, EvalBatch, sample_generator
 from rocket_fast.loaders.shards import Cursor, ShardSet
 from rocket_fast.loaders.sources import RawSample
@@ -34,6 +33,7 @@ from rocket_fast.text_augment import TextAugmentConfig, augment_strong, augment_
 from rocket_fast.tokenizer import Tokenizer
 
 _CHUNK = 32  # samples a thread makes at a time: small enough to share a batch, large enough not to count
+_DRAFTS = 8  # of these are read and drawn before they are decoded: Python runs faster while it stays in the cache
 _NEIGHBOURS, _SUBSTITUTES = 32, 64  # tried in the place of a bad sample: so many near it, so many in all
 _INKS = ("CMYK", "YCCK")  # libjpeg leaves their meaning to the caller
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -109,7 +109,7 @@ def _suffices(eighths: int, views: Sequence[ViewConfig], drawn: Sequence[ViewPar
 
 def _scaled(params: ViewParams, scale: float) -> ViewParams:
     top, left, height, width = params.window
-    return dataclasses.replace(params, window=(top * scale, left * scale, height * scale, width * scale))
+    return replace(params, window=(top * scale, left * scale, height * scale, width * scale))
 
 
 def check_jpeg(data: bytes, pixel_limit: int) -> tuple[int, int] | None:
@@ -222,6 +222,14 @@ class Making(Protocol):
 
     def cancel(self) -> object:
         """Nobody wants it any more."""
+
+
+class Draft(NamedTuple):
+    """A sample before its picture is decoded: a caption for each view; the views, as a function of height and width."""
+
+    sample: RawSample
+    captions: list[str]
+    views: Callable[[int, int], list[ViewParams]]
 
 
 @dataclass(frozen=True)
@@ -355,39 +363,32 @@ class CPULoader:
         )
         outs = [image.numpy() for image in images]
 
-        def render(slot: int, key: str, picture: tuple[np.ndarray, list[ViewParams]]) -> None:
+        def render(slot: int, picture: tuple[np.ndarray, list[ViewParams]]) -> None:
             pixels, views = picture
             for out, params in zip(outs, views, strict=True):
                 _codecs().augment.render_view(pixels, params, out[slot])
 
         return _Pending(images, self._make_chunks(order, epoch, number, self._decode, render))
 
-    def _decode(self, sample: RawSample, epoch: int) -> tuple[np.ndarray, list[ViewParams]]:
+    def _decode(self, draft: Draft) -> tuple[np.ndarray, list[ViewParams]]:
         """A sample's pixels, and what to render of them."""
-        draw_views = functools.partial(self._draw, sample.key, epoch)
+        data = draft.sample.image
         if self.data.quality == "fast" and not self.data.trim_margins:  # margins are seen in the whole picture only
-            return decode_for_views(sample.image, self.data.pixel_limit, self.image.views, draw_views)
-        pixels = decode_image(sample.image, self.data.pixel_limit)
+            return decode_for_views(data, self.data.pixel_limit, self.image.views, draft.views)
+        pixels = decode_image(data, self.data.pixel_limit)
         if self.data.trim_margins:
             pixels = _codecs().augment.trim_margins(pixels)
-        return pixels, draw_views(*pixels.shape[:2])
-
-    def _draw(self, key: str, epoch: int, height: int, width: int) -> list[ViewParams]:
-        """Every view of a picture, decided."""
-        return [
-            draw(view, height, width, sample_generator(self.seed, epoch, key, number))
-            for number, view in enumerate(self.image.views)
-        ]
+        return pixels, draft.views(*pixels.shape[:2])
 
     def _make_chunks(
         self,
         order: np.ndarray,
         epoch: int,
         number: int,
-        decode: Callable[[RawSample, int], Picture],
-        use: Callable[[int, str, Picture], None],
+        decode: Callable[[Draft], Picture],
+        use: Callable[[int, Picture], None],
     ) -> list[Future[Chunk]]:
-        """Have the threads make batch ``number``, whose pictures go to ``use(slot, key, picture)``."""
+        """Have the threads make batch ``number``, whose pictures go to ``use(slot, picture)``."""
         places, own = self._cursor.places(number)
         return [
             self._pool.submit(
@@ -403,27 +404,33 @@ class CPULoader:
         places: np.ndarray,
         own: np.ndarray,
         at: int,
-        decode: Callable[[RawSample, int], Picture],
-        use: Callable[[int, str, Picture], None],
+        decode: Callable[[Draft], Picture],
+        use: Callable[[int, Picture], None],
     ) -> Chunk:
         """Fill the slots ``at`` ... from the given places of the epoch's order."""
-        texts: list[list[str]] = [[] for _ in self.image.views]
-        keys, valid, skipped = [], [], Counter[str]()
-        for slot, (place, is_own) in enumerate(zip(places.tolist(), own.tolist(), strict=True), start=at):
-            sample, picture, captions, reason = self._usable(order, epoch, place, decode)
-            if reason is not None and is_own:
-                skipped[reason] += 1
-            keys.append(sample.key)
-            valid.append(is_own and reason is None)
-            use(slot, sample.key, picture)
-            for view, collected in enumerate(texts):
-                collected.append(self._caption(sample.key, epoch, captions, view))
-        return Chunk([self.tokenizer.pack(view_texts) for view_texts in texts], keys, valid, skipped)
+        keys, captions, valid, skipped = list[str](), list[list[str]](), list[bool](), Counter[str]()
+        for start in range(0, len(places), _DRAFTS):
+            some = places[start : start + _DRAFTS].tolist()
+            drafts = [self._try_draft(int(order[place % self.samples]), epoch) for place in some]
+            for place, is_own, drafted in zip(some, own[start : start + _DRAFTS].tolist(), drafts, strict=True):
+                draft, picture, reason = self._usable(order, epoch, place, drafted, decode)
+                if reason is not None and is_own:
+                    skipped[reason] += 1
+                use(at + len(keys), picture)
+                keys.append(draft.sample.key)
+                captions.append(draft.captions)
+                valid.append(is_own and reason is None)
+        return Chunk([self.tokenizer.pack(texts) for texts in zip(*captions, strict=True)], keys, valid, skipped)
 
     def _usable(
-        self, order: np.ndarray, epoch: int, place: int, decode: Callable[[RawSample, int], Picture]
-    ) -> tuple[RawSample, Picture, list[str], str | None]:
-        """The sample at ``place``; if it is bad, a substitute and the reason."""
+        self,
+        order: np.ndarray,
+        epoch: int,
+        place: int,
+        draft: Draft | BadSampleError,
+        decode: Callable[[Draft], Picture],
+    ) -> tuple[Draft, Picture, str | None]:
+        """The sample at ``place``, whose draft is given; if it is bad, a substitute and the reason."""
         reason: str | None = None
         step = self._cursor.global_batch - 1
         for tried in range(_SUBSTITUTES + 1):
@@ -432,9 +439,11 @@ class CPULoader:
                 away += (tried - _NEIGHBOURS) * self.samples // (_SUBSTITUTES - _NEIGHBOURS + 1)
             index = int(order[(place + away) % self.samples])
             try:
-                sample = self._shards.read(index)
-                captions = [read_caption(sample.text)] if self.data.captions == "txt" else read_captions(sample.json)
-                return sample, decode(sample, epoch), captions, reason
+                if tried:
+                    draft = self._draft(index, epoch)
+                elif isinstance(draft, BadSampleError):
+                    raise draft
+                return draft, decode(draft), reason
             except BadSampleError as error:
                 if self.data.strict:
                     raise _refused(*self._shards.locate(index), error.reason) from error
@@ -442,6 +451,23 @@ class CPULoader:
         raise InvalidArgument(
             f"data.train: {_SUBSTITUTES + 1} samples in a row, near and far, cannot be used, the first for: {reason}"
         )
+
+    def _try_draft(self, index: int, epoch: int) -> Draft | BadSampleError:
+        try:
+            return self._draft(index, epoch)
+        except BadSampleError as error:
+            return error
+
+    def _draft(self, index: int, epoch: int) -> Draft:
+        """Read a sample and decide all about it but what needs the picture's size; BadSampleError if it cannot be."""
+        sample = self._shards.read(index)
+        listed = [read_caption(sample.text)] if self.data.captions == "txt" else read_captions(sample.json)
+        unplaced = [
+            draw_unplaced(view, sample_generator(self.seed, epoch, sample.key, number))
+            for number, view in enumerate(self.image.views)
+        ]
+        captions = [self._caption(sample.key, epoch, listed, view) for view in range(len(unplaced))]
+        return Draft(sample, captions, lambda height, width: [place(height, width) for place in unplaced])
 
     def _caption(self, key: str, epoch: int, captions: list[str], view: int) -> str:
         if self.text is None and len(captions) == 1:

@@ -74,7 +74,7 @@ class GPUViewsLoader(CPULoader):
         rest: list[list[ViewParams]] = [[_NOTHING] * size for _ in self.image.views]
         render_view = optional_import("rocket_fast.kernels.augment", "train").render_view
 
-        def render(slot: int, key: str, picture: tuple[np.ndarray, list[ViewParams]]) -> None:
+        def render(slot: int, picture: tuple[np.ndarray, list[ViewParams]]) -> None:
             pixels, views = picture
             for out, left, params in zip(outs, rest, views, strict=True):
                 render_view(pixels, _crop_of(params), out[slot])
