@@ -104,20 +104,23 @@ def _blur(view: np.ndarray, sigma: float, out: np.ndarray) -> None:
     """
     h, w = view.shape[1], view.shape[2]
     radius = max(1, int(np.ceil(3.0 * sigma)))
-    count = 2 * radius + 1
-    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    count = 2 * radius + 2  # the last for an even number, with a weight of zero
+    weights = np.exp(-0.5 * (np.arange(-radius, radius + 2) / sigma) ** 2)
+    weights[-1] = 0.0
     weights = (weights / weights.sum()).astype(np.float32)
+    left = np.array([radius + _mirror(x - radius, w) for x in range(radius)])
+    right = np.array([radius + _mirror(w + x, w) for x in range(radius)])
+    mirrored = np.array([_mirror(y - radius, h) for y in range(h + count)])
     line = np.zeros(w + 2 * radius + 2 * BLOCK, np.float32)
-    rows, columns = np.empty(count, np.int64), address(line) + 4 * np.arange(count)
+    columns = address(line) + 4 * np.arange(count)
     for c in range(3):
+        rows = address(view[c]) + 4 * w * mirrored
         for y in range(h):
-            for k in range(count):
-                rows[k] = address(view) + 4 * w * (c * h + _mirror(y + k - radius, h))
-            sum_lines(address(rows), count, address(weights), w, columns[radius])
+            sum_lines(address(rows[y:]), count, address(weights), w, columns[radius])
             for x in range(radius):
-                line[x] = line[radius + _mirror(x - radius, w)]
-                line[radius + w + x] = line[radius + _mirror(w + x, w)]
-            sum_lines(address(columns), count, address(weights), w, address(out) + 4 * w * (c * h + y))
+                line[x] = line[left[x]]
+                line[radius + w + x] = line[right[x]]
+            sum_lines(address(columns), count, address(weights), w, address(out[c, y]))
 
 
 @compiled

@@ -231,27 +231,29 @@ def _one_row(typing: Any, lines: Any, count: Any, weights: Any, bits: Any, width
 def sum_lines(typing: Any, lines: Any, count: Any, weights: Any, width: Any, out: Any) -> Any:
     """Lines of float32, times their weights, added up into ``out``.
 
-    Addresses: ``lines`` of ``count`` addresses, ``weights`` of float32 [count]. Lines are read and ``out`` is written to
-    ``width`` or the next multiple of 32.
+    Addresses: ``lines`` of ``count`` addresses, an even number, ``weights`` of float32 [count]. Lines are read and ``out``
+    is written to ``width`` or the next multiple of 32.
     """
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         lines, count, weights, width, out = args
         floats = ir.VectorType(_F32, 8)
-        sums = [cgutils.alloca_once(b, floats) for _ in range(BLOCK // 8)]
+        sums = [[cgutils.alloca_once(b, floats) for _ in range(BLOCK // 8)] for _ in range(2)]  # of even and odd lines
         blocks = b.udiv(b.add(width, _I64(BLOCK - 1)), _I64(BLOCK))
         with cgutils.for_range(b, blocks, intp=_I64) as loop:
             begin = b.mul(loop.index, _I64(4 * BLOCK))
-            for total in sums:
+            for total in (*sums[0], *sums[1]):
                 b.store(ir.Constant(floats, [0.0] * 8), total)
-            with cgutils.for_range(b, count, intp=_I64) as taps:
-                line = b.add(_load(b, b.add(lines, b.mul(taps.index, _I64(8))), _I64), begin)
-                weight = _splat(b, _load(b, b.add(weights, b.mul(taps.index, _I64(4))), _F32), 8)
-                for i, total in enumerate(sums):
-                    product = b.fmul(_load(b, b.add(line, _I64(32 * i)), floats), weight, flags=["contract"])
-                    b.store(b.fadd(b.load(total), product, flags=["contract"]), total)
-            for i, total in enumerate(sums):
-                _store(b, b.load(total), b.add(b.add(out, begin), _I64(32 * i)))
+            with cgutils.for_range(b, b.udiv(count, _I64(2)), intp=_I64) as twos:
+                for side in (0, 1):
+                    tap = b.add(b.mul(twos.index, _I64(2)), _I64(side))
+                    line = b.add(_load(b, b.add(lines, b.mul(tap, _I64(8))), _I64), begin)
+                    weight = _splat(b, _load(b, b.add(weights, b.mul(tap, _I64(4))), _F32), 8)
+                    for i, total in enumerate(sums[side]):
+                        product = b.fmul(_load(b, b.add(line, _I64(32 * i)), floats), weight, flags=["contract"])
+                        b.store(b.fadd(b.load(total), product, flags=["contract"]), total)
+            for i, two in enumerate(zip(*sums, strict=True)):
+                _store(b, b.fadd(*map(b.load, two)), b.add(b.add(out, begin), _I64(32 * i)))
         return context.get_dummy_value()
 
     return numba.void(*(numba.int64,) * 5), codegen
