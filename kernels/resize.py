@@ -80,6 +80,11 @@ def _store(b: Any, value: Any, address: Any) -> None:
     b.store(value, b.inttoptr(address, value.type.as_pointer()), align=1)
 
 
+def _opaque(b: Any, value: Any) -> Any:
+    """``value``, as LLVM does not know it: of addresses it does it would keep each running, more than it has registers."""
+    return b.asm(ir.FunctionType(value.type, [value.type]), "", "=r,0", [value], side_effect=False)
+
+
 def _bounded(b: Any, value: Any, high: float) -> Any:
     """``value``, at least 0 and at most ``high``."""
     compare = b.fcmp_ordered if value.type.element == _F32 else b.icmp_signed
@@ -137,7 +142,7 @@ def _two_rows(
                 pixels.append(b.add(row, _load(b, b.add(first, b.mul(b.add(x, _I64(j)), _I64(8))), _I64)))
             filters = b.add(weights, b.mul(b.mul(x, steps), _I64(2 * _TAPS)))
             with cgutils.for_range(b, steps, intp=_I64) as taps:
-                near = b.mul(taps.index, _I64(3 * _TAPS))
+                near = _opaque(b, b.mul(taps.index, _I64(3 * _TAPS)))
                 far = b.add(near, stride)
                 at = b.add(filters, b.mul(taps.index, _I64(2 * _TAPS * _GROUP)))
                 for j in range(_GROUP):

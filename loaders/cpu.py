@@ -6,12 +6,12 @@ trainer's memory: there is nothing to fork, to pickle or to copy.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import io
 import json
 import warnings
-from collections import Counter, deque
+import weakref
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -64,7 +64,7 @@ def decode_image(data: bytes, pixel_limit: int) -> np.ndarray:
     EXIF orientation is not applied (as in open_clip). Raises BadSampleError for a damaged picture and for one of more
     than ``pixel_limit`` pixels, whose pixels are then not decoded.
     """
-    with _corrupt_if_it_raises():
+    with _corrupt_if_it_raises:
         if data.startswith(_PNG):
             return _decode_png(data, pixel_limit)
         if data.startswith(_JPEG):
@@ -91,7 +91,7 @@ def decode_for_views(
     if not data.startswith(_JPEG):
         pixels = decode_image(data, pixel_limit)
         return pixels, draw_views(*pixels.shape[:2])
-    with _corrupt_if_it_raises():
+    with _corrupt_if_it_raises:
         height, width, space = _jpeg_header(data, pixel_limit)
         if space in _INKS:
             return (pixels := _decode_other(data, pixel_limit)), draw_views(*pixels.shape[:2])
@@ -120,7 +120,7 @@ def check_jpeg(data: bytes, pixel_limit: int) -> tuple[int, int] | None:
     """
     if not data.startswith(_JPEG):
         return None
-    with _corrupt_if_it_raises():
+    with _corrupt_if_it_raises:
         height, width, space = _jpeg_header(data, pixel_limit)
         if space not in ("YCbCr", "Gray"):
             return None
@@ -128,15 +128,18 @@ def check_jpeg(data: bytes, pixel_limit: int) -> tuple[int, int] | None:
         return height, width
 
 
-@contextlib.contextmanager
-def _corrupt_if_it_raises() -> Iterator[None]:
+class _CorruptIfItRaises:
     """Decoders raise nearly anything on hostile bytes."""
-    try:
-        yield
-    except BadSampleError:
-        raise
-    except Exception as error:
-        raise BadSampleError("corrupt image") from error
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, BadSampleError):
+            raise BadSampleError("corrupt image") from error
+
+
+_corrupt_if_it_raises = _CorruptIfItRaises()
 
 
 def _check_pixels(height: int, width: int, limit: int) -> None:
@@ -268,6 +271,21 @@ def assemble(images: tuple[Tensor, ...], chunks: Sequence[Chunk]) -> Made:
     return batch, sum((chunk.skipped for chunk in chunks), Counter())
 
 
+class _Recycled:
+    """Memory for images that is given again once nobody holds it: new memory costs as much as a tenth of a sample."""
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[int, ...], list[np.ndarray]] = defaultdict(list)
+
+    def take(self, shape: tuple[int, ...]) -> Tensor:
+        """uint8 of this shape, whatever it holds; free again when it and all of its views are gone."""
+        free = self._free[shape]
+        memory = free.pop() if free else np.empty(shape, np.uint8)
+        lent = memory.view()  # the tensor holds this
+        weakref.finalize(lent, free.append, memory).atexit = False
+        return torch.from_numpy(lent)
+
+
 class CPULoader:
     """Image-text batches made by ``data.workers`` threads; implements ``loaders.base.Loader``.
 
@@ -307,7 +325,7 @@ class CPULoader:
         self.skipped = Counter(self._shards.skipped)
         self._cursor = Cursor(self.samples, data.batch_size, rank=rank, world_size=world_size, drop_last=data.drop_last)
         self._pool = ThreadPoolExecutor(data.workers, thread_name_prefix="rocket-fast-loader")
-        self._pin_memory, self._closed = pin_memory, False
+        self._pin_memory, self._recycled, self._closed = pin_memory, _Recycled(), False
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -356,11 +374,7 @@ class CPULoader:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _submit(self, order: np.ndarray, epoch: int, number: int) -> Making:
-        size = self._cursor.batch_size
-        images = tuple(
-            torch.empty(size, 3, view.size, view.size, dtype=torch.uint8, pin_memory=self._pin_memory)
-            for view in self.image.views
-        )
+        images = self._new_images()
         outs = [image.numpy() for image in images]
 
         def render(slot: int, picture: tuple[np.ndarray, list[ViewParams]]) -> None:
@@ -369,6 +383,13 @@ class CPULoader:
                 _codecs().augment.render_view(pixels, params, out[slot])
 
         return _Pending(images, self._make_chunks(order, epoch, number, self._decode, render))
+
+    def _new_images(self) -> tuple[Tensor, ...]:
+        """uint8 (B, 3, S, S) for each view, to be filled."""
+        shapes = [(self._cursor.batch_size, 3, view.size, view.size) for view in self.image.views]
+        if self._pin_memory:  # torch keeps such memory for the next
+            return tuple(torch.empty(shape, dtype=torch.uint8, pin_memory=True) for shape in shapes)
+        return tuple(self._recycled.take(shape) for shape in shapes)
 
     def _decode(self, draft: Draft) -> tuple[np.ndarray, list[ViewParams]]:
         """A sample's pixels, and what to render of them."""

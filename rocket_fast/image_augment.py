@@ -270,6 +270,8 @@ def _draw_colour(
         chroma = _GRAY + (saturation * math.cos(angle)) * _CHROMA + (saturation * math.sin(angle)) * _TURN
     else:
         chroma = SAME
+    if noise is None and view.color_shift == 0:  # rows of chroma add up to 1: grey stays grey
+        return (brightness * contrast) * chroma, np.full(3, (1 - contrast) * brightness), ZERO
     shift = 255 * view.color_shift * (2 * np.array(u[_AT_SHIFT : _AT_SHIFT + 3]) - 1)
     if noise is not None:
         random = SAME + view.color_matrix_std * noise
