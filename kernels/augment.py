@@ -125,8 +125,10 @@ def _blur(view: np.ndarray, sigma: float, out: np.ndarray) -> None:
 
 @compiled
 def _planes(h: int, w: int) -> np.ndarray:
-    """float32 (3, h, w), uninitialised, in memory that ``sum_lines`` may read and write beyond."""
-    return np.empty(3 * h * w + BLOCK, np.float32)[: 3 * h * w].reshape(3, h, w)
+    """float32 (3, h, w), uninitialised, in memory that ``sum_lines`` may read and write beyond, where it finds zeros."""
+    memory = np.empty(3 * h * w + BLOCK, np.float32)
+    memory[3 * h * w :] = 0.0  # and no NaN, which a weight of zero would not make one
+    return memory[: 3 * h * w].reshape(3, h, w)
 
 
 @compiled
@@ -237,7 +239,7 @@ def render_view(source: np.ndarray, params: ViewParams, out: np.ndarray) -> None
     inside = top >= 0 and left >= 0 and rows > 0 and columns > 0
     require(inside, "window", p.window, "an area that begins inside the picture")
     inside = top + rows <= height + ROUNDING and left + columns <= width + ROUNDING
-    require(inside, "window", p.window, f"one that ends inside the picture of {height} x {width}")
+    require(inside, "window", p.window, lambda: f"one that ends inside the picture of {height} x {width}")
     stays = p.matrix is SAME and p.shift is ZERO  # as drawn; comparing takes as long as a twentieth of resizing
     recolour = not stays and bool((p.matrix != SAME).any() or p.shift.any())
     warped = p.warp != (1.0, 0.0, 0.0, 1.0)

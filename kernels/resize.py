@@ -336,8 +336,13 @@ def _for_columns(first: np.ndarray, weights: np.ndarray, width: int, size: int, 
         to = size - 1 - i if flip else i
         begin = max(min(first[i], width - taps), 0)
         offsets[to] = 3 * begin
-        for k in range(first[i] - begin, taps):
-            laid[to // _GROUP, k // _TAPS, to % _GROUP, k % _TAPS] = weights[i, k - first[i] + begin]
+        group, lower = laid[to // _GROUP], first[i] - begin
+        for step in range(taps // _TAPS):
+            four = group[step, to % _GROUP]
+            for k in range(_TAPS):
+                tap = _TAPS * step + k - lower
+                if tap >= 0:
+                    four[k] = weights[i, tap]
     return offsets, laid
 
 
@@ -396,7 +401,9 @@ def _resize(
     if row + rows == H and safe > 0:
         safe = (rows - 1) // 2 * 2
     tail = _padded(source, row + safe, rows - safe, column, span)
-    slots = pairs.max()
+    slots = 1  # a power of two: remainders take as long as sums
+    while slots < pairs.max():
+        slots *= 2
     ring = np.empty((slots, 3, outputs, 2), np.int16)
     lines = np.empty(slots, np.int64)
     made = 0
@@ -409,13 +416,13 @@ def _resize(
             else:
                 stride = tail.shape[1] if r + 1 < rows else 0
                 pixel = address(tail) + (r - safe) * tail.shape[1]
-            to = address(ring[wanted % slots])
+            to = address(ring[wanted & (slots - 1)])
             _two_rows(
                 pixel, stride, address(offsets), address(filters), taps // _TAPS, bits_x, outputs, to
             )
         made = max(made, pair[y] + pairs[y])
         for i in range(pairs[y]):
-            lines[i] = address(ring[(pair[y] + i) % slots])
+            lines[i] = address(ring[(pair[y] + i) & (slots - 1)])
         to = address(view) + y * outputs * item
         at = address(row_filters[y])
         _one_row(address(lines), pairs[y], at, bits_y, outputs, to, h * outputs * item, view)
