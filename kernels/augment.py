@@ -4,9 +4,9 @@ Shape legend: H, W source height and width; h, w view height and width. ``source
 ``out`` uint8 (3, h, w). Order: window, resize (or warp), flip, colour matrix, blur, erase, solarize; the values stay
 float32, are clipped to [0, 255] after each step, and are rounded once, at the end.
 
-Resizing (resize.py) is the antialiased bicubic of Pillow, columns first: equal but for sums within 1/100 grey level of a
-tie, seldom 1 grey level, at most 2. (From Pillow 13 on, pictures much more reduced in height than in width take rows
-first there: seldom 10 levels apart, at hard edges.)
+Resizing (resize.py) is the antialiased bicubic of Pillow, columns first: equal but for sums near a tie, seldom 1 grey
+level, at most 2. (From Pillow 13 on, pictures much more reduced in height than in width take rows first there: seldom
+10 levels apart, at hard edges.)
 """
 
 from __future__ import annotations
@@ -125,9 +125,9 @@ def _blur(view: np.ndarray, sigma: float, out: np.ndarray) -> None:
 
 @compiled
 def _planes(h: int, w: int) -> np.ndarray:
-    """float32 (3, h, w), uninitialised, in memory that ``sum_lines`` may read and write beyond, where it finds zeros."""
+    """float32 (3, h, w), not yet written, in memory that ``sum_lines`` may read and write beyond."""
     memory = np.empty(3 * h * w + BLOCK, np.float32)
-    memory[3 * h * w :] = 0.0  # and no NaN, which a weight of zero would not make one
+    memory[3 * h * w :] = 0.0  # no NaN, which a weight of zero would leave one
     return memory[: 3 * h * w].reshape(3, h, w)
 
 

@@ -64,9 +64,7 @@ class GPUViewsLoader(CPULoader):
             require(fits, f"blur_sigma of view {number}", view.blur_sigma[1], expected)
         self._device, self._dtype = device, dtype
         pinned = device.type == "cuda"
-        super().__init__(
-            data, image, text, tokenizer, seed=seed, rank=rank, world_size=world_size, pin_memory=pinned
-        )
+        super().__init__(data, image, text, tokenizer, seed=seed, rank=rank, world_size=world_size, pin_memory=pinned)
 
     def _submit(self, order: np.ndarray, epoch: int, number: int) -> Making:
         size, crops = self._cursor.batch_size, self._new_images()

@@ -7,7 +7,7 @@ import glob
 import hashlib
 import re
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -141,6 +141,14 @@ class ShardSet:
             return self.paths[shard], self.sources[shard].key(index)
         except OSError:
             return self.paths[shard], f"number {index}"
+
+    def skipped_keys(self) -> dict[str, list[str]]:
+        """Of what was left out, by reason, the first key of each source that has such."""
+        keys = defaultdict[str, list[str]](list)
+        for source in self.sources:
+            for reason, key in source.skipped.first.items():
+                keys[reason].append(f"{source.name}/{key}")
+        return dict(keys)
 
     def first_skipped(self) -> tuple[Path, str, str] | None:
         """Of the first sample that was left out: file or folder, key, and reason. None if all can be used."""

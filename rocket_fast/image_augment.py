@@ -172,7 +172,7 @@ def draw(view: ViewConfig, height: int, width: int, rng: np.random.Generator) ->
 
 
 def draw_unplaced(view: ViewConfig, rng: np.random.Generator) -> Callable[[int, int], ViewParams]:
-    """Decide one view of a picture whose size is not known yet: ``draw``'s result, as a function of height and width."""
+    """Decide one view of a picture of a size not yet known: ``draw``'s result as a function of height and width."""
     u = rng.random(_UNIFORMS).tolist()
     noise = rng.standard_normal((3, 3)) if view.color_matrix_std > 0 else None
     matrix, pivot, shift = _draw_colour(view, u, noise)
