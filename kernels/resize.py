@@ -111,12 +111,11 @@ def _has_avx2(context: Any) -> bool:
     return "+avx2" in context.codegen().magic_tuple()[2].split(",")
 
 
-# Bytes of pixels 0 and 1, or 2 and 3, of one row [16] and another [16], as int16 pairs of colours; 32 is a zero byte.
-_PAIRS = [
-    [32 if at is None else lane + at for lane in (0, 16) for c in range(3) for at in (p + c, None, p + 3 + c, None)]
-    for p in (0, 6)
-]
-_PAIRS = [[*half[:12], *[32] * 4, *half[12:], *[32] * 4] for half in _PAIRS]
+def _pairs_of_pixels(p: int) -> Any:
+    """Of bytes [16] of one row and [16] of another, zeros behind them: pixels p and p + 1 as pairs of int16."""
+    zero = 32
+    lane = [byte for c in range(3) for at in (p, p + 1) for byte in (3 * at + c, zero)] + [zero] * 4
+    return _vector(_I32, [*lane, *(byte if byte == zero else 16 + byte for byte in lane)])
 
 
 @extending.intrinsic
@@ -133,7 +132,7 @@ def _two_rows(
         row, stride, first, weights, steps, bits, width, out = args
         has_avx2, ints = _has_avx2(context), ir.VectorType(_I32, 8)
         bits = b.trunc(bits, _I32)
-        half, shift = _splat(b, b.shl(_I32(1), b.sub(bits, _I32(1))), 8), _splat(b, bits, 8)
+        half, shift = _splat(b, b.shl(_I32(1), b.sub(bits, _I32(1))), 8), _splat(b, bits, 16)
         sums = [cgutils.alloca_once(b, ints) for _ in range(_GROUP)]
         with cgutils.for_range(b, b.udiv(width, _I64(_GROUP)), intp=_I64) as groups:
             x = b.mul(groups.index, _I64(_GROUP))
@@ -150,7 +149,7 @@ def _two_rows(
                     rows = (_load(b, b.add(pixels[j], offset), ir.VectorType(_I8, 16)) for offset in (near, far))
                     both, total = b.shuffle_vector(*rows, _vector(_I32, range(32))), b.load(sums[j])
                     for side in (0, 1):
-                        pairs = b.shuffle_vector(both, _vector(_I8, [0] * 32), _vector(_I32, _PAIRS[side]))
+                        pairs = b.shuffle_vector(both, _vector(_I8, [0] * 32), _pairs_of_pixels(2 * side))
                         weight = _load(b, b.add(at, _I64(2 * _TAPS * j + 4 * side)), _I32)
                         kind = ir.VectorType(_I16, 16)
                         pair_weights = b.bitcast(_splat(b, weight, 8), kind)
@@ -158,11 +157,12 @@ def _two_rows(
                     b.store(total, sums[j])
             totals = [b.load(total) for total in sums]
             for c, colour in enumerate(_by_colour(b, totals)):
-                value = b.trunc(
-                    _bounded(b, b.ashr(colour, b.shuffle_vector(shift, shift, _vector(_I32, [0] * 16))), 255),
-                    ir.VectorType(_I16, 16),
+                value = _bounded(b, b.ashr(colour, shift), 255)
+                _store(
+                    b,
+                    b.trunc(value, ir.VectorType(_I16, 16)),
+                    b.add(out, b.mul(b.add(b.mul(width, _I64(c)), x), _I64(4))),
                 )
-                _store(b, value, b.add(out, b.mul(b.add(b.mul(width, _I64(c)), x), _I64(4))))
         return context.get_dummy_value()
 
     return numba.void(*(numba.int64,) * 8), codegen
