@@ -94,8 +94,8 @@ def pack(
     sample that cannot be used is left out and counted: every picture is decoded, but for JPEGs that a tar takes as they
     are, which are read to their end (``check_jpeg``). For tars, pictures of formats that they do not hold become JPEGs,
     and keys are made such as tars can hold; a .beton holds any picture and any key: its batches are the sources', bit
-    for bit. Raises ValueError for sources that cannot be read and for a folder of other files, ``Failed`` if it cannot be
-    written, MissingExtra for .beton without FFCV.
+    for bit. Raises ValueError for sources that cannot be read and for a folder of other files, ``Failed`` if it cannot
+    be written, MissingExtra for .beton without FFCV.
     """
     if config.format == "beton":
         check_installed()
