@@ -550,7 +550,8 @@ def test_images_are_made_in_pinned_memory_for_cuda_and_copied_without_waiting(da
     batch = next(iter(loader))
     loader.close()
     assert choice.name == "cpu"
-    assert set(asked) == {pinned}
+    assert asked == [True] * len(asked)  # without CUDA nobody asks torch
+    assert bool(asked) == pinned
     monkeypatch.setattr(
         torch.Tensor, "to", lambda self, place, non_blocking=False: copied.append((self.shape, non_blocking)) or self
     )
