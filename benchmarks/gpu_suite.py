@@ -15,6 +15,7 @@ import json
 import platform
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import peers
+import photos
 import torch
 import torch.nn.functional as F
 from peers import CUDA_CASES, OURS, Case, Figures, Problem, leaves
@@ -31,7 +33,16 @@ from torch import Tensor
 
 from rocket_fast.config import provenance
 from rocket_fast.errors import MissingExtra
-from rocket_fast.image_augment import IMAGENET_MEAN, IMAGENET_STD, ViewConfig, ViewParams, draw, strong_view, weak_view
+from rocket_fast.image_augment import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ViewConfig,
+    ViewParams,
+    draw,
+    recipe_augment,
+    strong_view,
+    weak_view,
+)
 from rocket_fast.kernels import (
     clip_loss,
     clip_terms,
@@ -613,6 +624,36 @@ def run_views_check(config: ViewConfig, machine: Machine) -> Result:
     return Result("views", f"as on the CPU, {side} pixels", "ok" if passed else "FAILED", figures)
 
 
+def run_loader_check(machine: Machine) -> Result:
+    """Batches of the loader cpu+gpu are the CPU loader's: weak views within rounding, strong ones within 3 levels.
+
+    What the crop's rounding to whole levels becomes in a colour matrix; on photographs 2 (loaders/gpu_views.py).
+    """
+    view_kernels(machine)
+    from rocket_fast.loaders.base import DataConfig
+    from rocket_fast.loaders.cpu import CPULoader
+    from rocket_fast.loaders.gpu_views import GPUViewsLoader
+    from rocket_fast.tokenizer import Tokenizer
+
+    count, mean, std = machine.size(256), *(torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    apart, same = [0.0] * 3, True
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        path, _ = photos.shard("small", count=count, folder=Path(folder), real=False)
+        data = DataConfig(train=(str(path),), batch_size=count)
+        arguments = data, recipe_augment(machine.width(224)), None, Tokenizer()
+        expected = stack.enter_context(contextlib.closing(CPULoader(*arguments, seed=0)))
+        got = stack.enter_context(
+            contextlib.closing(GPUViewsLoader(*arguments, seed=0, device=torch.device(machine.device)))
+        )
+        for a, b in zip(expected, got, strict=True):
+            same = same and a.keys == b.keys and torch.equal(a.valid, b.valid)
+            for number, (x, y) in enumerate(zip(a.images, b.images, strict=True)):
+                apart[number] = max(apart[number], float(((y.cpu() * std + mean) * 255 - x).abs().max()))
+    figures = {"weak, levels apart": apart[0], "strong, levels apart": max(apart[1:])}
+    passed = same and apart[0] < 0.001 and max(apart[1:]) < 3
+    return Result("views", f"loader cpu+gpu as on the CPU, {count} pictures", "ok" if passed else "FAILED", figures)
+
+
 def run_views_timing(name: str, config: ViewConfig, machine: Machine) -> Result:
     """uint8 to bfloat16, parameters on the device: bytes that must be moved, a second."""
     _, triton_augment = view_kernels(machine)
@@ -797,6 +838,7 @@ def rows() -> list[Row]:
     result += [
         Row("views", f"as on the CPU, {view.size}", partial(run_views_check, view), 30) for view in CHECKED_VIEWS
     ]
+    result += [Row("views", "loader cpu+gpu as on the CPU", run_loader_check, 30)]
     result += [Row("views", name, partial(run_views_timing, name, view), 5) for name, view in TIMED_VIEWS.items()]
     result += [Row("projector", f"as in float64, {str(d)[6:]}", partial(run_norm_check, d), 10) for d in (BF16, FP32)]
     result += [Row("projector", str(d)[6:], partial(run_norm_timing, d), 5) for d in (BF16, FP32)]

@@ -14,8 +14,8 @@ import torch
 
 from rocket_fast.errors import installed, optional_import
 from rocket_fast.image_augment import weak_view
-from rocket_fast.loaders.ffcv import picture_field, write_beton
-from rocket_fast.loaders.shards import ShardSet
+from rocket_fast.loaders.convert import PackConfig, pack
+from rocket_fast.loaders.ffcv import picture_field
 
 VIEW = weak_view(224)
 AHEAD = 2  # batches, as ours
@@ -28,14 +28,13 @@ class FFCV:
     needs = "ffcv"
 
     def __init__(self, path: Path, threads: int, batch: int, folder: Path) -> None:
-        beton = folder / f"{path.stem}.beton"
-        if not beton.exists():
-            write_beton(ShardSet([str(path)]), beton)
+        packed = PackConfig(out=folder / f"{path.stem}-beton", format="beton")
+        pack([str(path)], packed)
         ffcv, transforms = optional_import("ffcv", "ffcv"), optional_import("ffcv.transforms", "ffcv")
         decoders = optional_import("ffcv.fields.decoders", "ffcv")
         crop = decoders.RandomResizedCropRGBImageDecoder((VIEW.size, VIEW.size), VIEW.scale, VIEW.ratio)
         self.loader = ffcv.Loader(
-            str(beton),
+            str(packed.out / "00000.beton"),
             batch_size=batch,
             num_workers=threads,
             order=ffcv.loader.OrderOption.RANDOM,

@@ -44,6 +44,7 @@ def _unpacked(folder: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as fetched:
             got = subprocess.run(["apt-get", "download", *PACKAGES], cwd=fetched, capture_output=True, check=False)
             if got.returncode == 0:
+                folder.mkdir(parents=True, exist_ok=True)
                 for package in Path(fetched).glob("*.deb"):
                     subprocess.run(["dpkg", "-x", str(package), str(unpacked)], check=True)
     return unpacked.rglob("*.jpg")

@@ -20,7 +20,7 @@ import tarfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import loader_peers
 import photos
@@ -155,15 +155,23 @@ def one_view_peers(
     return made, missing
 
 
-def paired_rates(ours: Epoch, others: Mapping[str, Epoch], benchmark: Any, *, rounds: int) -> dict[str, list[float]]:
-    """Samples a second of everybody in each round, ours last."""
-    rates: dict[str, list[float]] = {name: [] for name in (*others, "ours")}
+class Rates(NamedTuple):
+    """Samples a second of one contestant in each round, and a second of CPU time, which other processes do not take."""
+
+    wall: list[float]
+    cpu: list[float]
+
+
+def paired_rates(ours: Epoch, others: Mapping[str, Epoch], benchmark: Any, *, rounds: int) -> dict[str, Rates]:
+    """Everybody's, ours last."""
+    rates = {name: Rates([], []) for name in (*others, "ours")}
 
     def timed(name: str, epoch: Epoch) -> None:
         torch.set_num_threads(1)  # torchvision's part; FFCV's loaders set it to theirs, for whoever comes after them
-        start = time.perf_counter()
+        wall, cpu = time.perf_counter(), time.process_time()
         count = epoch()
-        rates[name].append(count / (time.perf_counter() - start))
+        rates[name].wall.append(count / (time.perf_counter() - wall))
+        rates[name].cpu.append(count / (time.process_time() - cpu))
 
     def before() -> None:
         for name, epoch in others.items():
@@ -175,14 +183,16 @@ def paired_rates(ours: Epoch, others: Mapping[str, Epoch], benchmark: Any, *, ro
     return rates
 
 
-def compared(rates: Mapping[str, list[float]]) -> list[str]:
-    """Everybody's rate, and how many times as fast ours is with as many threads."""
+def compared(rates: Mapping[str, Rates]) -> list[str]:
+    """Everybody's rate and CPU time, and how many times as fast ours is with as many threads, by either."""
     lines = []
     for name, values in rates.items():
         own = rates["ours, 2 threads" if name.endswith(", 2 threads") else "ours"]
-        ratio = statistics.median(a / b for a, b in zip(own, values, strict=True))
-        shown = "" if own is values else f" (ours {ratio:.2f} x)"
-        lines.append(f"{name} {statistics.median(values):.0f}/s{shown}")
+        ratios = [statistics.median(a / b for a, b in zip(x, y, strict=True)) for x, y in zip(own, values, strict=True)]
+        shown = "" if own is values else f" (ours {ratios[0]:.2f} x, by CPU time {ratios[1]:.2f} x)"
+        lines.append(
+            f"{name} {statistics.median(values.wall):.0f}/s, {1e6 / statistics.median(values.cpu):.0f} us{shown}"
+        )
     return lines
 
 

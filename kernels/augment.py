@@ -4,160 +4,30 @@ Shape legend: H, W source height and width; h, w view height and width. ``source
 ``out`` uint8 (3, h, w). Order: window, resize (or warp), flip, colour matrix, blur, erase, solarize; the values stay
 float32, are clipped to [0, 255] after each step, and are rounded once, at the end.
 
-Resizing is the antialiased bicubic of Pillow (a = -0.5, the filter stretched by the reduction), columns first, rounded
-between the passes: equal but for sums within float32 of a tie, seldom 1 grey level, at most 2. (From Pillow 13 on,
-pictures much more reduced in height than in width take rows first there: seldom 10 levels apart, at hard edges.)
+Resizing (resize.py) is the antialiased bicubic of Pillow, columns first: equal but for sums near a tie, seldom 1 grey
+level, at most 2. (From Pillow 13 on, pictures much more reduced in height than in width take rows first there: seldom
+10 levels apart, at hard edges.)
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 
-from rocket_fast.errors import optional_import, require
-from rocket_fast.image_augment import ViewParams
-
-cv2 = optional_import("cv2", "train")
-numba = optional_import("numba", "train")
+from rocket_fast.errors import require
+from rocket_fast.image_augment import SAME, ZERO, ViewParams
+from rocket_fast.kernels.resize import BLOCK, ROUNDING, address, compiled, resize, sum_lines
 
 Four = tuple[float, float, float, float]
 _MARGIN_LEVELS = 8  # what a JPEG's noise stays below
-_ROUNDING = 1e-6  # of a source pixel: what a window may be off by
-_SAME = np.eye(3)
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's "L"; image_augment.LUMA, but numba's cache sees only this file
 
 
-def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """numba.njit without the GIL, cached on disk; compiled anew in every process where no folder can be written."""
-    try:
-        return numba.njit(nogil=True, cache=True, fastmath=True)(function)
-    except RuntimeError:  # numba: "no locator available": neither __pycache__ nor the user's cache folder is writable
-        return numba.njit(nogil=True, fastmath=True)(function)
-
-
-@_jit
-def _bicubic_taps(start: float, length: float, low: int, high: int, size: int) -> Any:
-    """Per output pixel: first source index (size,), number of taps (size,), weights (size, T) summing to one.
-
-    T is a multiple of 8; weights beyond the number of taps are zero.
-    """
-    scale = length / size
-    stretch = max(scale, 1.0)
-    support = 2.0 * stretch
-    first = np.empty(size, np.int64)
-    count = np.empty(size, np.int64)
-    weights = np.zeros((size, (int(np.ceil(support)) * 2 + 8) // 8 * 8), np.float32)
-    for i in range(size):
-        centre = start + (i + 0.5) * scale
-        begin = max(int(centre - support + 0.5), low)
-        end = min(int(centre + support + 0.5), high)
-        total = 0.0
-        for k in range(end - begin):
-            x = abs((begin + k + 0.5 - centre) / stretch)
-            value = 0.0
-            if x < 1.0:
-                value = (1.5 * x - 2.5) * x * x + 1.0
-            elif x < 2.0:
-                value = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
-            weights[i, k] = value
-            total += value
-        for k in range(end - begin):
-            weights[i, k] /= total
-        first[i] = begin
-        count[i] = end - begin
-    return first, count, weights
-
-
-@_jit
-def _combine(lines: np.ndarray, first: int, count: int, weights: np.ndarray, total: np.ndarray) -> None:
-    """``total = sum_k weights[k] * lines[first + k]``, eight lines at a time: sums stay in registers.
-
-    ``weights`` are zero from ``count`` on; the last line stands in for lines beyond it.
-    """
-    last = first + count - 1
-    for k in range(0, count, 8):
-        at = first + k
-        a, b, c, d = lines[at], lines[min(at + 1, last)], lines[min(at + 2, last)], lines[min(at + 3, last)]
-        e, f, g, h = (
-            lines[min(at + 4, last)], lines[min(at + 5, last)], lines[min(at + 6, last)], lines[min(at + 7, last)],
-        )  # fmt: skip
-        wa, wb, wc, wd = weights[k], weights[k + 1], weights[k + 2], weights[k + 3]
-        we, wf, wg, wh = weights[k + 4], weights[k + 5], weights[k + 6], weights[k + 7]
-        if k == 0:
-            for x in range(total.size):
-                total[x] = (
-                    wa * np.float32(a[x]) + wb * np.float32(b[x]) + wc * np.float32(c[x]) + wd * np.float32(d[x])
-                    + we * np.float32(e[x]) + wf * np.float32(f[x]) + wg * np.float32(g[x]) + wh * np.float32(h[x])
-                )  # fmt: skip
-        else:
-            for x in range(total.size):
-                total[x] += (
-                    wa * np.float32(a[x]) + wb * np.float32(b[x]) + wc * np.float32(c[x]) + wd * np.float32(d[x])
-                    + we * np.float32(e[x]) + wf * np.float32(f[x]) + wg * np.float32(g[x]) + wh * np.float32(h[x])
-                )  # fmt: skip
-
-
-@_jit
-def _resize_columns(
-    lines: np.ndarray, first: np.ndarray, count: np.ndarray, weights: np.ndarray, flip: bool, out: np.ndarray
-) -> None:
-    """Columns of the source (W, 3 H), combined into the view's (w, 3 H), rounded and clipped to uint8."""
-    w = first.size
-    total = np.empty(lines.shape[1], np.float32)
-    for x in range(w):
-        _combine(lines, first[x], count[x], weights[x], total)
-        to = out[w - 1 - x if flip else x]
-        for j in range(total.size):
-            to[j] = np.uint8(np.int32(_clip(total[j] + np.float32(0.5))))
-
-
-@_jit
-def _resize_rows(
-    lines: np.ndarray, first: np.ndarray, count: np.ndarray, weights: np.ndarray, half: float, view: np.ndarray
-) -> None:
-    """Rows (H, 3 w) of interleaved colours, combined into ``view`` (3, h, w): float32, or uint8 with ``half`` .5."""
-    h, w = view.shape[1], view.shape[2]
-    total = np.empty(3 * w, np.float32)
-    for y in range(h):
-        _combine(lines, first[y], count[y], weights[y], total)
-        red, green, blue = view[0, y], view[1, y], view[2, y]
-        for x in range(w):
-            red[x] = _clip(total[3 * x] + half)
-            green[x] = _clip(total[3 * x + 1] + half)
-            blue[x] = _clip(total[3 * x + 2] + half)
-
-
-def _resize(source: np.ndarray, window: Four, bounded: bool, flip: bool, view: np.ndarray) -> None:
-    """Columns first, rounded and clipped as Pillow does between its passes, then rows, into ``view`` (3, h, w).
-
-    Both passes add up whole lines, which vector instructions like; the picture is turned for the first and turned back.
-    """
-    top, left, height, width = window
-    h, w = view.shape[1:]
-    low_y, high_y, low_x, high_x = 0, source.shape[0], 0, source.shape[1]
-    if bounded:
-        low_y, high_y = int(top), min(high_y, math.ceil(top + height - _ROUNDING))
-        low_x, high_x = int(left), min(high_x, math.ceil(left + width - _ROUNDING))
-    first_y, count_y, weight_y = _bicubic_taps(top, height, low_y, high_y, h)
-    first_x, count_x, weight_x = _bicubic_taps(left, width, low_x, high_x, w)
-    row, end_row = first_y[0], first_y[-1] + count_y[-1]
-    column, end_column = first_x[0], first_x[-1] + count_x[-1]
-    turned = cv2.transpose(source[row:end_row, column:end_column])
-    narrow = np.empty((w, 3 * (end_row - row)), np.uint8)
-    _resize_columns(turned.reshape(turned.shape[0], -1), first_x - column, count_x, weight_x, flip, narrow)
-    lines = cv2.transpose(narrow.reshape(w, -1, 3)).reshape(end_row - row, 3 * w)
-    _resize_rows(lines, first_y - row, count_y, weight_y, np.float32(0.5 * (view.dtype == np.uint8)), view)
-
-
-@_jit
+@compiled
 def _clip(value: float) -> float:
     return min(max(value, np.float32(0.0)), np.float32(255.0))
 
 
-@_jit
+@compiled
 def _warp(source: np.ndarray, window: Four, warp: Four, flip: bool, view: np.ndarray) -> None:
     """Rotated, sheared or zoomed-out window: bilinear, averaged over points at most 2 source pixels apart.
 
@@ -199,7 +69,7 @@ def _warp(source: np.ndarray, window: Four, warp: Four, flip: bool, view: np.nda
             view[2, y, to] = blue * share
 
 
-@_jit
+@compiled
 def _bilinear(flat: np.ndarray, here: int, right: int, below: int, fx: float, fy: float) -> float:
     one = np.float32(1.0)
     upper = (one - fx) * np.float32(flat[here]) + fx * np.float32(flat[here + right])
@@ -207,7 +77,7 @@ def _bilinear(flat: np.ndarray, here: int, right: int, below: int, fx: float, fy
     return (one - fy) * upper + fy * lower
 
 
-@_jit
+@compiled
 def _recolour(view: np.ndarray, matrix: np.ndarray, pivot: np.ndarray, shift: np.ndarray) -> None:
     """colour' = matrix @ colour + pivot * mean luma + shift, in place and clipped."""
     flat = view.reshape(3, view.shape[1] * view.shape[2])
@@ -225,55 +95,43 @@ def _recolour(view: np.ndarray, matrix: np.ndarray, pivot: np.ndarray, shift: np
         blues[i] = _clip(m[6] * red + m[7] * green + m[8] * blue + offset[2])
 
 
-@_jit
-def _blur(view: np.ndarray, sigma: float) -> None:
-    """Separable Gaussian cut off at 3 sigma, edges mirrored without repeating the border (cv2's default), in place."""
+@compiled
+def _blur(view: np.ndarray, sigma: float, out: np.ndarray) -> None:
+    """Separable Gaussian cut off at 3 sigma, edges mirrored without repeating the border (cv2's default), into ``out``.
+
+    A row at a time: down the columns into a line with mirrored ends, which stays in the first cache, then along it.
+    ``view`` and ``out``: ``_planes``.
+    """
     h, w = view.shape[1], view.shape[2]
     radius = max(1, int(np.ceil(3.0 * sigma)))
-    taps = np.exp(-0.5 * (np.arange(radius + 1) / sigma) ** 2)
-    taps /= 2.0 * taps.sum() - taps[0]
-    weights = np.zeros(radius + 3, np.float32)  # those that fill up the last three are zero
-    weights[: radius + 1] = taps
-    # Planes with their mirrored borders, as long lines: every step is one loop over all of one.
-    width = w + 2 * radius
-    padded = np.empty((h + 2 * radius) * width, np.float32)
-    columns, rows = np.empty(h * width, np.float32), np.empty(h * width - 2 * radius, np.float32)
+    count = 2 * radius + 2  # the last for an even number, with a weight of zero
+    weights = np.exp(-0.5 * (np.arange(-radius, radius + 2) / sigma) ** 2)
+    weights[-1] = 0.0
+    weights = (weights / weights.sum()).astype(np.float32)
+    left = np.array([radius + _mirror(x - radius, w) for x in range(radius)])
+    right = np.array([radius + _mirror(w + x, w) for x in range(radius)])
+    mirrored = np.array([_mirror(y - radius, h) for y in range(h + count)])
+    line = np.zeros(w + 2 * radius + 2 * BLOCK, np.float32)
+    columns = address(line) + 4 * np.arange(count)
     for c in range(3):
-        for y in range(h + 2 * radius):
-            line, source = padded[y * width : (y + 1) * width], view[c, _mirror(y - radius, h)]
-            for x in range(w):
-                line[radius + x] = source[x]
-            for x in range(radius):
-                line[x] = source[_mirror(x - radius, w)]
-                line[radius + w + x] = source[_mirror(w + x, w)]
-        _convolve(padded, weights, radius, width, columns)
-        _convolve(columns, weights, radius, 1, rows)
+        rows = address(view[c]) + 4 * w * mirrored
         for y in range(h):
-            target, source = view[c, y], rows[y * width : y * width + w]
-            for x in range(w):
-                target[x] = source[x]
+            sum_lines(address(rows[y:]), count, address(weights), w, columns[radius])
+            for x in range(radius):
+                line[x] = line[left[x]]
+                line[radius + w + x] = line[right[x]]
+            sum_lines(address(columns), count, address(weights), w, address(out[c, y]))
 
 
-@_jit
-def _convolve(source: np.ndarray, weights: np.ndarray, radius: int, step: int, out: np.ndarray) -> None:
-    """``out[x] = sum_k weights[|k|] source[x + (radius + k) step]``, three pairs at a time: sums stay in registers."""
-    size = out.size
-    middle = source[radius * step : radius * step + size]
-    for k in range(1, radius + 1, 3):
-        near, far = min(k + 1, radius), min(k + 2, radius)
-        u, v, w = weights[k], weights[k + 1], weights[k + 2]
-        a, b = source[(radius - k) * step :], source[(radius + k) * step :]
-        c, d = source[(radius - near) * step :], source[(radius + near) * step :]
-        e, f = source[(radius - far) * step :], source[(radius + far) * step :]
-        if k == 1:
-            for x in range(size):
-                out[x] = weights[0] * middle[x] + u * (a[x] + b[x]) + v * (c[x] + d[x]) + w * (e[x] + f[x])
-        else:
-            for x in range(size):
-                out[x] += u * (a[x] + b[x]) + v * (c[x] + d[x]) + w * (e[x] + f[x])
+@compiled
+def _planes(h: int, w: int) -> np.ndarray:
+    """float32 (3, h, w), not yet written, in memory that ``sum_lines`` may read and write beyond."""
+    memory = np.empty(3 * h * w + BLOCK, np.float32)
+    memory[3 * h * w :] = 0.0  # no NaN, which a weight of zero would leave one
+    return memory[: 3 * h * w].reshape(3, h, w)
 
 
-@_jit
+@compiled
 def _mirror(i: int, size: int) -> int:
     """Index i reflected into [0, size), as often as it takes: ... 2 1 | 0 1 2 ..."""
     if size == 1:
@@ -283,7 +141,7 @@ def _mirror(i: int, size: int) -> int:
     return min(i, period - i)
 
 
-@_jit
+@compiled
 def _erase(view: np.ndarray, box: Four) -> None:
     """A rectangle, given in fractions of the view, takes the view's mean colour."""
     top, left, height, width = box
@@ -295,7 +153,7 @@ def _erase(view: np.ndarray, box: Four) -> None:
         view[c, y0:y1, x0:x1] = mean
 
 
-@_jit
+@compiled
 def _finish(
     view: np.ndarray,
     recolour: bool,
@@ -311,16 +169,19 @@ def _finish(
     if recolour:
         _recolour(view, matrix, pivot, shift)
     if sigma > 0.0:
-        _blur(view, sigma)
+        blurred = _planes(view.shape[1], view.shape[2])
+        _blur(view, sigma, blurred)
+        view = blurred
     if erase[2] > 0.0:
         _erase(view, erase)
     values, target = view.reshape(view.size), out.reshape(out.size)
+    threshold = np.int32(solarize)
     for i in range(values.size):
         value = np.int32(values[i] + np.float32(0.5))
-        target[i] = 255 - value if value >= solarize else value
+        target[i] = np.uint8(np.int32(255) - value if value >= threshold else value)
 
 
-@_jit
+@compiled
 def _over_white(pixels: np.ndarray, out: np.ndarray) -> None:
     for y in range(out.shape[0]):
         for x in range(out.shape[1]):
@@ -330,7 +191,7 @@ def _over_white(pixels: np.ndarray, out: np.ndarray) -> None:
                 out[y, x, c] = (value + 127) // 255
 
 
-@_jit
+@compiled
 def _content_box(pixels: np.ndarray) -> tuple[int, int, int, int]:
     """Top, bottom, left, right of what is not the corner's colour; an empty box (0, 0, 0, 0) if nothing is."""
     h, w = pixels.shape[0], pixels.shape[1]
@@ -377,18 +238,19 @@ def render_view(source: np.ndarray, params: ViewParams, out: np.ndarray) -> None
     top, left, rows, columns = p.window
     inside = top >= 0 and left >= 0 and rows > 0 and columns > 0
     require(inside, "window", p.window, "an area that begins inside the picture")
-    inside = top + rows <= height + _ROUNDING and left + columns <= width + _ROUNDING
-    require(inside, "window", p.window, f"one that ends inside the picture of {height} x {width}")
-    recolour = bool((p.matrix != _SAME).any() or p.shift.any())
+    inside = top + rows <= height + ROUNDING and left + columns <= width + ROUNDING
+    require(inside, "window", p.window, lambda: f"one that ends inside the picture of {height} x {width}")
+    stays = p.matrix is SAME and p.shift is ZERO  # as drawn; comparing takes as long as a twentieth of resizing
+    recolour = not stays and bool((p.matrix != SAME).any() or p.shift.any())
     warped = p.warp != (1.0, 0.0, 0.0, 1.0)
     if not (warped or recolour or p.blur_sigma > 0 or p.erase[2] > 0 or p.solarize <= 255):
-        _resize(source, p.window, p.bounded, p.flip, out)
+        resize(source, p.window, p.bounded, p.flip, out)
         return
-    view = np.empty(out.shape, np.float32)
+    view = _planes(*out.shape[1:])
     if warped:
         _warp(source, p.window, p.warp, p.flip, view)
     else:
-        _resize(source, p.window, p.bounded, p.flip, view)
+        resize(source, p.window, p.bounded, p.flip, view)
     _finish(view, recolour, p.matrix, p.pivot, p.shift, p.blur_sigma, p.erase, p.solarize, out)
 
 

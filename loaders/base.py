@@ -142,6 +142,7 @@ class _Reusable(threading.local):
         self.generator = np.random.Generator(self.philox)
         self.start = self.philox.state
         self.key, self.counter = self.start["state"]["key"], self.start["state"]["counter"]
+        self.last: str | None = None  # whose hash the counter holds
 
 
 _reusable = _Reusable()
@@ -155,9 +156,10 @@ def sample_generator(seed: int, epoch: int, key: str, view: int, stream: int = I
     """
     reusable = _reusable
     reusable.key[:] = seed, epoch
-    digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=16).digest()
     counter = reusable.counter
+    if key != reusable.last:
+        digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=16).digest()
+        counter[2:], reusable.last = np.frombuffer(digest, dtype="<u8"), key
     counter[0], counter[1] = 0, 2 * view + stream
-    counter[2:] = np.frombuffer(digest, dtype="<u8")
     reusable.philox.state = reusable.start
     return reusable.generator

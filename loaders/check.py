@@ -30,7 +30,7 @@ class Shown(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckReport:
-    """``usable`` samples; what is left out, by reason; the first few keys of each reason found on reading."""
+    """``usable`` samples; what is left out, by reason; the first few keys of each reason."""
 
     usable: int
     skipped: Counter[str]
@@ -66,7 +66,8 @@ def check_shards(
     """
     require(workers >= 1, "workers", workers, "a number >= 1")
     shards = ShardSet(patterns, caption="txt" if captions == "txt" else "json")
-    skipped, examples = Counter(shards.skipped), defaultdict[str, list[str]](list)
+    skipped = Counter(shards.skipped)
+    examples = defaultdict[str, list[str]](list, {k: keys[:EXAMPLES] for k, keys in shards.skipped_keys().items()})
     pixels, sides, words, shown = Counter[int](), Counter[int](), Counter[int](), list[Shown]()
     showing = set(np.linspace(0, len(shards) - 1, SHOWN).astype(int).tolist())
 

@@ -20,7 +20,7 @@ import numpy as np
 from rocket_fast.errors import Failed, optional_import, require
 from rocket_fast.files import remove_leftovers, write_atomically
 from rocket_fast.loaders.base import BadSampleError
-from rocket_fast.loaders.cpu import decode_image, read_caption, read_captions
+from rocket_fast.loaders.cpu import check_jpeg, decode_image, read_caption, read_captions
 from rocket_fast.loaders.ffcv import BetonSample, beton_sample, check_installed, fill_beton, page_bytes
 from rocket_fast.loaders.ordered_map import AHEAD, ordered_map
 from rocket_fast.loaders.shards import ShardSet, expand_patterns
@@ -38,7 +38,7 @@ class PackConfig:
     out: Path
     """Folder for the files; an unfinished one of the same sources and options is continued."""
     format: PackFormat = "tar"
-    """tar: webdataset's, which everything reads; beton: FFCV's, which open at once, every picture decoded as a test."""
+    """tar: webdataset's, which everything reads; beton: FFCV's, which open at once."""
     captions: Literal["txt", "several"] = "txt"
     """txt: one caption a picture; several: all of them, in tars as the list "captions" in a .json member besides."""
     shard_size: int = 10_000
@@ -91,10 +91,11 @@ def pack(
     """Write ``config.out/00000.tar`` (or .beton) ...; ``advance(done, total)`` is called as samples are done.
 
     A file is there whole or not at all, and ``pack.json`` tells which are done: the same call continues after a kill. A
-    sample that cannot be used is left out and counted. For tars, pictures are decoded only to resize them or if their
-    format is none that tars hold, and keys are made such as tars can hold; a .beton holds any picture, each of them
-    decoded once, and any key: its batches are the sources', bit for bit. Raises ValueError for sources that cannot be
-    read and for a folder of other files, ``Failed`` if it cannot be written, MissingExtra for .beton without FFCV.
+    sample that cannot be used is left out and counted: every picture is decoded, but for JPEGs that a tar takes as they
+    are, which are read to their end (``check_jpeg``). For tars, pictures of formats that they do not hold become JPEGs,
+    and keys are made such as tars can hold; a .beton holds any picture and any key: its batches are the sources', bit
+    for bit. Raises ValueError for sources that cannot be read and for a folder of other files, ``Failed`` if it cannot
+    be written, MissingExtra for .beton without FFCV.
     """
     if config.format == "beton":
         check_installed()
@@ -182,11 +183,12 @@ def _make(shards: ShardSet, index: int, config: PackConfig) -> TarSample | Beton
         height, width = pixels.shape[:2]
         return beton_sample(raw, height, width, page_bytes(config.page_mib))
     suffix, image = _suffix(raw.image), raw.image
-    if suffix is None or config.resize_shorter is not None:
-        pixels = decode_image(raw.image, config.pixel_limit)
-        smaller = _resized(pixels, config.resize_shorter)
-        if suffix is None or smaller is not None:
-            suffix, image = "jpg", _encoded(pixels if smaller is None else smaller, config.quality)
+    if suffix is not None and config.resize_shorter is None and check_jpeg(image, config.pixel_limit) is not None:
+        return TarSample(raw.key, suffix, image, text, raw.json)
+    pixels = decode_image(image, config.pixel_limit)
+    smaller = _resized(pixels, config.resize_shorter)
+    if suffix is None or smaller is not None:
+        suffix, image = "jpg", _encoded(pixels if smaller is None else smaller, config.quality)
     return TarSample(raw.key, suffix, image, text, raw.json)
 
 

@@ -6,16 +6,15 @@ trainer's memory: there is nothing to fork, to pickle or to copy.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
 import io
 import json
 import warnings
-from collections import Counter, deque
+import weakref
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from rocket_fast.batch import Batch, PackedText
 from rocket_fast.errors import Failed, InvalidArgument, optional_import, require
-from rocket_fast.image_augment import ImageAugmentConfig, ViewConfig, ViewParams, centre_view, draw
+from rocket_fast.image_augment import ImageAugmentConfig, ViewConfig, ViewParams, centre_view, draw_unplaced
 from rocket_fast.loaders.base import TEXT_STREAM, BadSampleError, DataConfig, EvalBatch, sample_generator
 from rocket_fast.loaders.shards import Cursor, ShardSet
 from rocket_fast.loaders.sources import CaptionMember, RawSample
@@ -34,6 +33,7 @@ from rocket_fast.text_augment import TextAugmentConfig, augment_strong, augment_
 from rocket_fast.tokenizer import Tokenizer
 
 _CHUNK = 32  # samples a thread makes at a time: small enough to share a batch, large enough not to count
+_DRAFTS = 8  # of these are read and drawn before they are decoded: Python runs faster while it stays in the cache
 _NEIGHBOURS, _SUBSTITUTES = 32, 64  # tried in the place of a bad sample: so many near it, so many in all
 _INKS = ("CMYK", "YCCK")  # libjpeg leaves their meaning to the caller
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -64,7 +64,7 @@ def decode_image(data: bytes, pixel_limit: int) -> np.ndarray:
     EXIF orientation is not applied (as in open_clip). Raises BadSampleError for a damaged picture and for one of more
     than ``pixel_limit`` pixels, whose pixels are then not decoded.
     """
-    with _corrupt_if_it_raises():
+    with _corrupt_if_it_raises:
         if data.startswith(_PNG):
             return _decode_png(data, pixel_limit)
         if data.startswith(_JPEG):
@@ -91,7 +91,7 @@ def decode_for_views(
     if not data.startswith(_JPEG):
         pixels = decode_image(data, pixel_limit)
         return pixels, draw_views(*pixels.shape[:2])
-    with _corrupt_if_it_raises():
+    with _corrupt_if_it_raises:
         height, width, space = _jpeg_header(data, pixel_limit)
         if space in _INKS:
             return (pixels := _decode_other(data, pixel_limit)), draw_views(*pixels.shape[:2])
@@ -109,7 +109,7 @@ def _suffices(eighths: int, views: Sequence[ViewConfig], drawn: Sequence[ViewPar
 
 def _scaled(params: ViewParams, scale: float) -> ViewParams:
     top, left, height, width = params.window
-    return dataclasses.replace(params, window=(top * scale, left * scale, height * scale, width * scale))
+    return replace(params, window=(top * scale, left * scale, height * scale, width * scale))
 
 
 def check_jpeg(data: bytes, pixel_limit: int) -> tuple[int, int] | None:
@@ -120,7 +120,7 @@ def check_jpeg(data: bytes, pixel_limit: int) -> tuple[int, int] | None:
     """
     if not data.startswith(_JPEG):
         return None
-    with _corrupt_if_it_raises():
+    with _corrupt_if_it_raises:
         height, width, space = _jpeg_header(data, pixel_limit)
         if space not in ("YCbCr", "Gray"):
             return None
@@ -128,15 +128,18 @@ def check_jpeg(data: bytes, pixel_limit: int) -> tuple[int, int] | None:
         return height, width
 
 
-@contextlib.contextmanager
-def _corrupt_if_it_raises() -> Iterator[None]:
+class _CorruptIfItRaises:
     """Decoders raise nearly anything on hostile bytes."""
-    try:
-        yield
-    except BadSampleError:
-        raise
-    except Exception as error:
-        raise BadSampleError("corrupt image") from error
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, BadSampleError):
+            raise BadSampleError("corrupt image") from error
+
+
+_corrupt_if_it_raises = _CorruptIfItRaises()
 
 
 def _check_pixels(height: int, width: int, limit: int) -> None:
@@ -224,6 +227,14 @@ class Making(Protocol):
         """Nobody wants it any more."""
 
 
+class Draft(NamedTuple):
+    """A sample before its picture is decoded: a caption for each view; the views, as a function of height and width."""
+
+    sample: RawSample
+    captions: list[str]
+    views: Callable[[int, int], list[ViewParams]]
+
+
 @dataclass(frozen=True)
 class Chunk:
     """What a thread made besides the pixels: per view the captions of its samples, their keys, ``Batch.valid``."""
@@ -258,6 +269,21 @@ def assemble(images: tuple[Tensor, ...], chunks: Sequence[Chunk]) -> Made:
         valid=torch.tensor([valid for chunk in chunks for valid in chunk.valid]),
     )
     return batch, sum((chunk.skipped for chunk in chunks), Counter())
+
+
+class _Recycled:
+    """Memory for images that is given again once nobody holds it: new memory costs as much as a tenth of a sample."""
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[int, ...], list[np.ndarray]] = defaultdict(list)
+
+    def take(self, shape: tuple[int, ...]) -> Tensor:
+        """uint8 of this shape, whatever it holds; free again when it and all of its views are gone."""
+        free = self._free[shape]
+        memory = free.pop() if free else np.empty(shape, np.uint8)
+        lent = memory.view()  # the tensor holds this
+        weakref.finalize(lent, free.append, memory).atexit = False
+        return torch.from_numpy(lent)
 
 
 class CPULoader:
@@ -305,7 +331,7 @@ class CPULoader:
         self.skipped = Counter(self._shards.skipped)
         self._cursor = Cursor(self.samples, data.batch_size, rank=rank, world_size=world_size, drop_last=data.drop_last)
         self._pool = ThreadPoolExecutor(data.workers, thread_name_prefix="rocket-fast-loader")
-        self._pin_memory, self._closed = pin_memory, False
+        self._pin_memory, self._recycled, self._closed = pin_memory, _Recycled(), False
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -354,46 +380,42 @@ class CPULoader:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _submit(self, order: np.ndarray, epoch: int, number: int) -> Making:
-        size = self._cursor.batch_size
-        images = tuple(
-            torch.empty(size, 3, view.size, view.size, dtype=torch.uint8, pin_memory=self._pin_memory)
-            for view in self.image.views
-        )
+        images = self._new_images()
         outs = [image.numpy() for image in images]
 
-        def render(slot: int, key: str, picture: tuple[np.ndarray, list[ViewParams]]) -> None:
+        def render(slot: int, picture: tuple[np.ndarray, list[ViewParams]]) -> None:
             pixels, views = picture
             for out, params in zip(outs, views, strict=True):
                 _codecs().augment.render_view(pixels, params, out[slot])
 
         return _Pending(images, self._make_chunks(order, epoch, number, self._decode, render))
 
-    def _decode(self, sample: RawSample, epoch: int) -> tuple[np.ndarray, list[ViewParams]]:
+    def _new_images(self) -> tuple[Tensor, ...]:
+        """uint8 (B, 3, S, S) for each view, to be filled."""
+        shapes = [(self._cursor.batch_size, 3, view.size, view.size) for view in self.image.views]
+        if self._pin_memory:  # torch keeps such memory for the next
+            return tuple(torch.empty(shape, dtype=torch.uint8, pin_memory=True) for shape in shapes)
+        return tuple(self._recycled.take(shape) for shape in shapes)
+
+    def _decode(self, draft: Draft) -> tuple[np.ndarray, list[ViewParams]]:
         """A sample's pixels, and what to render of them."""
-        draw_views = functools.partial(self._draw, sample.key, epoch)
+        data = draft.sample.image
         if self.data.quality == "fast" and not self.data.trim_margins:  # margins are seen in the whole picture only
-            return decode_for_views(sample.image, self.data.pixel_limit, self.image.views, draw_views)
-        pixels = decode_image(sample.image, self.data.pixel_limit)
+            return decode_for_views(data, self.data.pixel_limit, self.image.views, draft.views)
+        pixels = decode_image(data, self.data.pixel_limit)
         if self.data.trim_margins:
             pixels = _codecs().augment.trim_margins(pixels)
-        return pixels, draw_views(*pixels.shape[:2])
-
-    def _draw(self, key: str, epoch: int, height: int, width: int) -> list[ViewParams]:
-        """Every view of a picture, decided."""
-        return [
-            draw(view, height, width, sample_generator(self.seed, epoch, key, number))
-            for number, view in enumerate(self.image.views)
-        ]
+        return pixels, draft.views(*pixels.shape[:2])
 
     def _make_chunks(
         self,
         order: np.ndarray,
         epoch: int,
         number: int,
-        decode: Callable[[RawSample, int], Picture],
-        use: Callable[[int, str, Picture], None],
+        decode: Callable[[Draft], Picture],
+        use: Callable[[int, Picture], None],
     ) -> list[Future[Chunk]]:
-        """Have the threads make batch ``number``, whose pictures go to ``use(slot, key, picture)``."""
+        """Have the threads make batch ``number``, whose pictures go to ``use(slot, picture)``."""
         places, own = self._cursor.places(number)
         return [
             self._pool.submit(
@@ -409,28 +431,34 @@ class CPULoader:
         places: np.ndarray,
         own: np.ndarray,
         at: int,
-        decode: Callable[[RawSample, int], Picture],
-        use: Callable[[int, str, Picture], None],
+        decode: Callable[[Draft], Picture],
+        use: Callable[[int, Picture], None],
     ) -> Chunk:
         """Fill the slots ``at`` ... from the given places of the epoch's order."""
-        texts: list[list[str]] = [[] for _ in self.image.views if self.tokenizer is not None]
-        keys, valid, skipped = [], [], Counter[str]()
-        for slot, (place, is_own) in enumerate(zip(places.tolist(), own.tolist(), strict=True), start=at):
-            sample, picture, captions, reason = self._usable(order, epoch, place, decode)
-            if reason is not None and is_own:
-                skipped[reason] += 1
-            keys.append(sample.key)
-            valid.append(is_own and reason is None)
-            use(slot, sample.key, picture)
-            for view, collected in enumerate(texts):
-                collected.append(self._caption(sample.key, epoch, captions, view))
-        packed = [] if self.tokenizer is None else [self.tokenizer.pack(view_texts) for view_texts in texts]
+        keys, captions, valid, skipped = list[str](), list[list[str]](), list[bool](), Counter[str]()
+        for start in range(0, len(places), _DRAFTS):
+            some = places[start : start + _DRAFTS].tolist()
+            drafts = [self._try_draft(int(order[place % self.samples]), epoch) for place in some]
+            for place, is_own, drafted in zip(some, own[start : start + _DRAFTS].tolist(), drafts, strict=True):
+                draft, picture, reason = self._usable(order, epoch, place, drafted, decode)
+                if reason is not None and is_own:
+                    skipped[reason] += 1
+                use(at + len(keys), picture)
+                keys.append(draft.sample.key)
+                captions.append(draft.captions)
+                valid.append(is_own and reason is None)
+        packed = [] if self.tokenizer is None else [self.tokenizer.pack(texts) for texts in zip(*captions, strict=True)]
         return Chunk(packed, keys, valid, skipped)
 
     def _usable(
-        self, order: np.ndarray, epoch: int, place: int, decode: Callable[[RawSample, int], Picture]
-    ) -> tuple[RawSample, Picture, list[str], str | None]:
-        """The sample at ``place``; if it is bad, a substitute and the reason."""
+        self,
+        order: np.ndarray,
+        epoch: int,
+        place: int,
+        draft: Draft | BadSampleError,
+        decode: Callable[[Draft], Picture],
+    ) -> tuple[Draft, Picture, str | None]:
+        """The sample at ``place``, whose draft is given; if it is bad, a substitute and the reason."""
         reason: str | None = None
         step = self._cursor.global_batch - 1
         for tried in range(_SUBSTITUTES + 1):
@@ -439,8 +467,11 @@ class CPULoader:
                 away += (tried - _NEIGHBOURS) * self.samples // (_SUBSTITUTES - _NEIGHBOURS + 1)
             index = int(order[(place + away) % self.samples])
             try:
-                sample = self._shards.read(index)
-                return sample, decode(sample, epoch), self._captions(sample), reason
+                if tried:
+                    draft = self._draft(index, epoch)
+                elif isinstance(draft, BadSampleError):
+                    raise draft
+                return draft, decode(draft), reason
             except BadSampleError as error:
                 if self.data.strict:
                     raise _refused(*self._shards.locate(index), error.reason) from error
@@ -454,6 +485,24 @@ class CPULoader:
         if self.tokenizer is None:
             return []
         return [read_caption(sample.text)] if self.data.captions == "txt" else read_captions(sample.json)
+
+    def _try_draft(self, index: int, epoch: int) -> Draft | BadSampleError:
+        try:
+            return self._draft(index, epoch)
+        except BadSampleError as error:
+            return error
+
+    def _draft(self, index: int, epoch: int) -> Draft:
+        """Read a sample and decide all about it but what needs the picture's size; BadSampleError if it cannot be."""
+        sample = self._shards.read(index)
+        listed = self._captions(sample)
+        unplaced = [
+            draw_unplaced(view, sample_generator(self.seed, epoch, sample.key, number))
+            for number, view in enumerate(self.image.views)
+        ]
+        views = 0 if self.tokenizer is None else len(unplaced)
+        captions = [self._caption(sample.key, epoch, listed, view) for view in range(views)]
+        return Draft(sample, captions, lambda height, width: [place(height, width) for place in unplaced])
 
     def _caption(self, key: str, epoch: int, captions: list[str], view: int) -> str:
         if self.text is None and len(captions) == 1:

@@ -30,8 +30,7 @@ from torch import Tensor
 from rocket_fast.errors import optional_import, require
 from rocket_fast.image_augment import LUMA, ImageAugmentConfig, ViewConfig, ViewParams
 from rocket_fast.loaders.base import DataConfig
-from rocket_fast.loaders.cpu import Chunk, CPULoader, Made, Making, assemble, check_jpeg, decode_image
-from rocket_fast.loaders.sources import RawSample
+from rocket_fast.loaders.cpu import Chunk, CPULoader, Draft, Made, Making, assemble, check_jpeg, decode_image
 from rocket_fast.text_augment import TextAugmentConfig
 from rocket_fast.tokenizer import Tokenizer
 
@@ -95,11 +94,12 @@ class DALILoader(CPULoader):
         """Have the threads fill what DALI needs for a batch; with ``decoded`` they decode all its pictures."""
         inputs = _Inputs(self.image.views, self._cursor.batch_size)
 
-        def give(slot: int, key: str, picture: _Picture) -> None:
-            inputs.put(slot, picture, self._draw(key, epoch, picture.height, picture.width))
+        def decode(draft: Draft) -> tuple[_Picture, list[ViewParams]]:
+            picture = (self._decoded if decoded else self._checked)(draft.sample.image)
+            return picture, draft.views(picture.height, picture.width)
 
-        def decode(sample: RawSample, epoch: int) -> _Picture:
-            return (self._decoded if decoded else self._checked)(sample.image)
+        def give(slot: int, made: tuple[_Picture, list[ViewParams]]) -> None:
+            inputs.put(slot, *made)
 
         return inputs, self._make_chunks(order, epoch, number, decode, give)
 

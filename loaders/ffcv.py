@@ -1,4 +1,4 @@
-"""FFCV: any source written to a .beton file.
+"""FFCV's .beton files, as `rocket-fast data pack` (convert.py) writes them.
 
 What FFCV does here: the file format, and in writing its fields and its page allocator, so that FFCV's own ``Loader``
 opens the files too (``custom_fields={"image": picture_field()}``; its decoders only if all pictures are JPEGs). What it
@@ -19,21 +19,15 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections import Counter
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from rocket_fast.errors import Failed, optional_import, require
-from rocket_fast.files import write_atomically
+from rocket_fast.errors import optional_import, require
 from rocket_fast.loaders.base import BadSampleError
-from rocket_fast.loaders.cpu import decode_image, read_caption, read_captions
-from rocket_fast.loaders.ordered_map import ordered_map
-from rocket_fast.loaders.shards import ShardSet
+from rocket_fast.loaders.cpu import read_caption, read_captions
 from rocket_fast.loaders.sources import CaptionMember, RawSample
 from rocket_fast.loaders.sources.beton import (
     ALLOCATION,
@@ -47,18 +41,9 @@ from rocket_fast.loaders.sources.beton import (
     picture_arguments,
 )
 
-_AHEAD = 16  # samples in hand for each thread
 _CUSTOM, _BYTES = 255, 3  # FFCV's numbers for a field it does not know, and for BytesField
 _JPEG_MODE, _OTHER_MODE = 0, 255  # of a picture; FFCV knows 0, JPEG, and 1, raw pixels
 _TABLE_ROWS = 1 << 18
-
-
-@dataclass(frozen=True, kw_only=True)
-class BetonReport:
-    """``samples`` written; what was left out, by reason, what the sources left out when they were opened included."""
-
-    samples: int
-    skipped: Counter[str]
 
 
 class _Picture(NamedTuple):
@@ -77,53 +62,6 @@ class BetonSample(NamedTuple):
     @property
     def size(self) -> int:
         return len(self.image.data) + self.key.size + self.caption.size
-
-
-def write_beton(
-    shards: ShardSet,
-    path: Path,
-    *,
-    captions: Literal["txt", "several"] = "txt",
-    pixel_limit: int = 100_000_000,
-    workers: int = 2,
-    page_mib: int = 16,
-    advance: Callable[[int, int], None] = lambda done, total: None,
-) -> BetonReport:
-    """Write every usable sample of ``shards`` to ``path``, in order; ``advance(done, total)`` is called as it goes.
-
-    Pictures of any format are stored byte for byte (never encoded anew: a JPEG would lose, and pixels are to equal the
-    source's), keys as they are; captions as the .txt member's bytes, or as JSON with the non-empty ones of the list
-    ``captions``. ``shards`` must have been opened for the same ``captions``. Each sample is decoded once, on one of
-    ``workers`` threads: one that training would skip, or too large for a page of ``page_mib`` MiB (a power of two), is
-    left out and counted. The file is there whole or not at all. Raises ValueError if no sample is usable, ``Failed`` if
-    the file cannot be written.
-    """
-    require(path.suffix == ".beton", "path", str(path), "one that ends in .beton")
-    require(captions in ("txt", "several"), "captions", captions, "'txt' or 'several'")
-    require(workers >= 1, "workers", workers, "a number >= 1")
-    page = page_bytes(page_mib)
-    check_installed()
-    skipped = Counter(shards.skipped)
-    look = functools.partial(_look, shards, pixel_limit=pixel_limit, page=page)
-    with ThreadPoolExecutor(workers, thread_name_prefix="rocket-fast-beton") as pool:
-        looked = ordered_map(pool, look, range(len(shards)), workers * _AHEAD)
-        samples = _usable(looked, skipped, lambda done: advance(done, len(shards)))
-        written = 0
-
-        def fill(temporary: Path) -> None:
-            nonlocal written
-            written = fill_beton(temporary, samples, room=len(shards), page=page, captions=captions)
-            expected = f"at least one usable sample, but there are none; left out: {dict(skipped)}"
-            require(written > 0, "shards", [source.name for source in shards.sources][:3], expected)
-
-        try:
-            write_atomically(path, fill)
-        except OSError as error:
-            raise Failed(f"{path} cannot be written: {error}") from error
-        finally:
-            samples.close()
-            pool.shutdown(cancel_futures=True)
-    return BetonReport(samples=written, skipped=skipped)
 
 
 def page_bytes(page_mib: int) -> int:
@@ -153,27 +91,6 @@ def beton_sample(raw: RawSample, height: int, width: int, page: int) -> BetonSam
     if sample.size > page:
         raise BadSampleError("larger than a page (page_mib)")
     return sample
-
-
-def _look(shards: ShardSet, index: int, *, pixel_limit: int, page: int) -> BetonSample | str:
-    """Sample ``index`` if training can use it, else why it cannot."""
-    try:
-        raw = shards.read(index)
-        height, width = decode_image(raw.image, pixel_limit).shape[:2]
-        return beton_sample(raw, height, width, page)
-    except BadSampleError as error:
-        return error.reason
-
-
-def _usable(
-    looked: Iterator[BetonSample | str], skipped: Counter[str], advance: Callable[[int], None]
-) -> Generator[BetonSample, None, None]:
-    for done, found in enumerate(looked, start=1):
-        if isinstance(found, str):
-            skipped[found] += 1
-        else:
-            yield found
-        advance(done)
 
 
 # The file ------------------------------------------------------------------------------------------------------------

@@ -63,18 +63,16 @@ class GPUViewsLoader(CPULoader):
             expected = f"at most {widest:g}; data.backend = 'cpu' can do it"
             require(fits, f"blur_sigma of view {number}", view.blur_sigma[1], expected)
         self._device, self._dtype = device, dtype
-        super().__init__(data, image, text, tokenizer, seed=seed, rank=rank, world_size=world_size)
+        pinned = device.type == "cuda"
+        super().__init__(data, image, text, tokenizer, seed=seed, rank=rank, world_size=world_size, pin_memory=pinned)
 
     def _submit(self, order: np.ndarray, epoch: int, number: int) -> Making:
-        size, pinned = self._cursor.batch_size, self._device.type == "cuda"
-        crops = tuple(
-            torch.empty(size, 3, v.size, v.size, dtype=torch.uint8, pin_memory=pinned) for v in self.image.views
-        )
+        size, crops = self._cursor.batch_size, self._new_images()
         outs = [crop.numpy() for crop in crops]
         rest: list[list[ViewParams]] = [[_NOTHING] * size for _ in self.image.views]
         render_view = optional_import("rocket_fast.kernels.augment", "train").render_view
 
-        def render(slot: int, key: str, picture: tuple[np.ndarray, list[ViewParams]]) -> None:
+        def render(slot: int, picture: tuple[np.ndarray, list[ViewParams]]) -> None:
             pixels, views = picture
             for out, left, params in zip(outs, rest, views, strict=True):
                 render_view(pixels, _crop_of(params), out[slot])

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +32,8 @@ _MID_GREY = 127.5
 LUMA = (0.299, 0.587, 0.114)
 _YIQ = np.array([LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])  # the 1953 NTSC primaries
 # Saturation s and hue angle t together are GRAY + s (cos t CHROMA + sin t TURN); s = 0 is grayscale.
-_SAME, _ZERO = np.eye(3), np.zeros(3)
+SAME, ZERO = np.eye(3), np.zeros(3)
+"""The matrix, and the pivot or shift, of colours that stay."""
 _GRAY = np.tile(np.array(LUMA), (3, 1))
 _CHROMA = np.eye(3) - _GRAY
 _TURN = np.linalg.inv(_YIQ) @ np.array([(0.0, 0.0, 0.0), (0.0, 0.0, 1.0), (0.0, -1.0, 0.0)]) @ _YIQ
@@ -156,9 +158,9 @@ class ViewParams:
     bounded: bool = True
     warp: tuple[float, float, float, float] = (1.0, 0.0, 0.0, 1.0)
     flip: bool = False
-    matrix: np.ndarray = dataclasses.field(default_factory=lambda: np.eye(3))
-    pivot: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(3))
-    shift: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(3))
+    matrix: np.ndarray = dataclasses.field(default_factory=lambda: SAME)
+    pivot: np.ndarray = dataclasses.field(default_factory=lambda: ZERO)
+    shift: np.ndarray = dataclasses.field(default_factory=lambda: ZERO)
     blur_sigma: float = 0.0
     erase: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     solarize: int = NO_SOLARIZE
@@ -166,23 +168,24 @@ class ViewParams:
 
 def draw(view: ViewConfig, height: int, width: int, rng: np.random.Generator) -> ViewParams:
     """Decide one view of a picture of ``height`` x ``width`` pixels; takes the same numbers from ``rng`` every time."""
+    return draw_unplaced(view, rng)(height, width)
+
+
+def draw_unplaced(view: ViewConfig, rng: np.random.Generator) -> Callable[[int, int], ViewParams]:
+    """Decide one view of a picture of a size not yet known: ``draw``'s result as a function of height and width."""
     u = rng.random(_UNIFORMS).tolist()
     noise = rng.standard_normal((3, 3)) if view.color_matrix_std > 0 else None
     matrix, pivot, shift = _draw_colour(view, u, noise)
-    sigma = 0.0
-    if u[_AT_BLUR] < view.blur_prob:
-        sigma = _between(view.blur_sigma, u[_AT_BLUR + 1])
-    return ViewParams(
-        window=_draw_window(view, height, width, u),
-        warp=_draw_warp(view, u),
-        flip=u[_AT_FLIP] < view.flip_prob,
-        matrix=matrix,
-        pivot=pivot,
-        shift=shift,
-        blur_sigma=sigma,
-        erase=_draw_erase(u[_AT_ERASE:]) if u[_AT_ERASE] < view.erase_prob else (0.0, 0.0, 0.0, 0.0),
-        solarize=SOLARIZE_THRESHOLD if u[_AT_SOLARIZE] < view.solarize_prob else NO_SOLARIZE,
-    )
+    warp, flip = _draw_warp(view, u), u[_AT_FLIP] < view.flip_prob
+    sigma = _between(view.blur_sigma, u[_AT_BLUR + 1]) if u[_AT_BLUR] < view.blur_prob else 0.0
+    erase = _draw_erase(u[_AT_ERASE:]) if u[_AT_ERASE] < view.erase_prob else (0.0, 0.0, 0.0, 0.0)
+    solarize = SOLARIZE_THRESHOLD if u[_AT_SOLARIZE] < view.solarize_prob else NO_SOLARIZE
+
+    def place(height: int, width: int) -> ViewParams:
+        window = _draw_window(view, height, width, u)
+        return ViewParams(window, True, warp, flip, matrix, pivot, shift, sigma, erase, solarize)
+
+    return place
 
 
 def centre_view(height: int, width: int, size: int) -> ViewParams:
@@ -253,7 +256,7 @@ def _draw_colour(
     """Matrix, pivot and shift of: brightness b, contrast c, random matrix and shift, saturation and hue, grayscale."""
     jitters, grays = u[_AT_JITTER] < view.jitter_prob, u[_AT_GRAY] < view.gray_prob
     if not jitters and not grays and noise is None and view.color_shift == 0:
-        return _SAME, _ZERO, _ZERO  # a tenth of the time that multiplying by them takes
+        return SAME, ZERO, ZERO  # a tenth of the time that multiplying by them takes
     brightness = contrast = saturation = 1.0
     angle = 0.0
     if jitters:
@@ -266,10 +269,12 @@ def _draw_colour(
     elif saturation != 1 or angle != 0:
         chroma = _GRAY + (saturation * math.cos(angle)) * _CHROMA + (saturation * math.sin(angle)) * _TURN
     else:
-        chroma = _SAME
+        chroma = SAME
+    if noise is None and view.color_shift == 0:  # rows of chroma add up to 1: grey stays grey
+        return (brightness * contrast) * chroma, np.full(3, (1 - contrast) * brightness), ZERO
     shift = 255 * view.color_shift * (2 * np.array(u[_AT_SHIFT : _AT_SHIFT + 3]) - 1)
     if noise is not None:
-        random = _SAME + view.color_matrix_std * noise
+        random = SAME + view.color_matrix_std * noise
         shift = chroma @ (shift + _MID_GREY * (1 - random.sum(axis=1)))
         chroma = chroma @ random
     else:

@@ -1,10 +1,13 @@
 """The loop: it learns, stops, continues bit for bit, and tells what went wrong. Real files, processes and signals."""
 
+import contextlib
 import json
 import math
 import os
 import signal
 import tarfile
+import time
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from rocket_fast.checkpoint import CheckpointFolder, load_checkpoint
 from rocket_fast.config import EvalConfig, TrainConfig
 from rocket_fast.evaluation import Evaluator
 from rocket_fast.image_augment import plain_augment
+from rocket_fast.loaders.sources import webdataset
 from rocket_fast.models.clip import DualEncoder
 from rocket_fast.models.heads import (
     SharedHeadConfig,
@@ -24,6 +28,7 @@ from rocket_fast.models.heads import (
 )
 from rocket_fast.models.vision import ViTConfig
 from rocket_fast.optim import LossScale
+from rocket_fast.processes import StopRequest
 from rocket_fast.trainer import Interrupted, NonFiniteLoss, Trainer, train
 
 
@@ -77,6 +82,35 @@ def test_what_was_skipped_is_kept_by_reason_across_a_resumption(tiny_config: Tra
     trainer = Trainer(whole)
     trainer.close()
     assert trainer.skipped == {"reason not kept": 7}
+
+
+def test_a_shard_lost_in_an_epoch_is_retried_reported_counted_and_passed_over(tiny_config: TrainConfig, monkeypatch):
+    waited: list[float] = []
+    clock = types.SimpleNamespace(sleep=waited.append, monotonic=time.monotonic)
+    monkeypatch.setattr(webdataset, "time", clock)
+    data = replace(tiny_config.data, prefetch=0, workers=1)
+    config = replace(tiny_config, data=data, loop=replace(tiny_config.loop, checkpoint_every=100))
+    trainer = Trainer(config)
+    step = trainer.train_step
+
+    def lose(batch):
+        if trainer.step == 2:
+            (config.out.parent / "data/train-1.tar").unlink()
+            trainer.loader._shards.sources[0]._files._open.clear()  # as with more shards than are kept open
+        return step(batch)
+
+    monkeypatch.setattr(trainer, "train_step", lose)
+    with contextlib.closing(trainer), pytest.warns(UserWarning, match=r"train-1\.tar cannot be read") as warned:
+        trainer.fit(StopRequest())
+    assert sum("cannot be read" in str(each.message) for each in warned) == 1
+    assert waited[:3] == list(webdataset._WAITS)
+    steps = [r for r in records(config) if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 13))
+    assert all(math.isfinite(r["loss"]) for r in steps)
+    assert steps[1]["skipped_reasons"] == {}
+    lost = steps[-1]["skipped_reasons"]
+    assert set(lost) == {"shard cannot be read"}
+    assert 40 < lost["shard cannot be read"] <= 80  # of 40, most of one epoch and all but four at most of another
 
 
 @pytest.mark.parametrize("weight_average", [None, 0.9])

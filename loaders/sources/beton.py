@@ -1,4 +1,4 @@
-"""FFCV's .beton files, as ``loaders.ffcv.write_beton`` fills them: undecoded pictures behind an index, in one file.
+"""FFCV's .beton files, as ``loaders.ffcv.fill_beton`` fills them: undecoded pictures behind an index, in one file.
 
 The file begins with a header, a description of each field and one row per sample that tells where its bytes lie:
 picture, key and caption, one behind the other within a page. Reading is numpy and ``pread``: it needs no FFCV, starts
@@ -44,7 +44,7 @@ def picture_arguments(caption: CaptionMember) -> np.ndarray:
 
 
 class BetonSource:
-    """One .beton of ``write_beton``'s: sample i's picture under the key it had where it was taken from.
+    """One .beton of ``fill_beton``'s: sample i's picture under the key it had where it was taken from.
 
     ``caption`` is what the file's captions have to be, if they are wanted. Raises ValueError for a file that is no
     .beton, that another version of FFCV or another program wrote, or whose captions are of the other kind; OSError if
@@ -89,7 +89,7 @@ class BetonSource:
 
 
 def _read_head(path: Path, end: int, caption: CaptionMember) -> int:
-    """The number of samples, once header and descriptors are found to be ``write_beton``'s."""
+    """The number of samples, once header and descriptors are found to be ``fill_beton``'s."""
     if end < HEADER.itemsize:
         raise ValueError("it is no .beton: it is too short")
     header = np.fromfile(path, HEADER, 1)[0]
@@ -99,7 +99,7 @@ def _read_head(path: Path, end: int, caption: CaptionMember) -> int:
     require(version == VERSION, "format version", version, f"{VERSION}, that of FFCV 1.0.2; write the file anew")
     descriptors = np.fromfile(path, DESCRIPTOR, min(fields, 256), offset=HEADER.itemsize)
     names = tuple(bytes(each["name"]).rstrip(b"\0").decode("ascii", "replace") for each in descriptors)
-    made = "those of a file that write_beton (rocket-fast data pack --format beton) made"
+    made = "those of a file that `rocket-fast data pack --format beton` made"
     require(names == FIELDS, "fields", names, f"{FIELDS}, {made}")
     arguments = bytes(descriptors[0]["arguments"]).rstrip(b"\0")
     require(arguments.startswith(_MARK), "picture field", arguments[:20], f"one that begins with {_MARK!r}, {made}")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rocket_fast.errors import require
 from rocket_fast.loaders.sources import IMAGE_SUFFIXES, CaptionMember, RawSample, Skipped, Source
 from rocket_fast.loaders.sources.csv import csv_rows
 from rocket_fast.loaders.sources.json import jsonl_rows
@@ -56,6 +57,8 @@ class FolderSource:
                 self._pictures.append(os.fsencode(relative))
                 self._caption_suffixes.append(number or 0)
         self._suffixes = suffixes
+        tars = not self._pictures and not self.skipped and any(path.glob("*.tar"))
+        require(not tars, "folder", str(path), f"one of pictures; its tars are named {path}/*.tar")
 
     def __len__(self) -> int:
         return len(self._pictures)

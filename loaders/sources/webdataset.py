@@ -205,10 +205,12 @@ class TarSource:
     def read(self, index: int) -> RawSample:
         """Sample ``index``'s bytes; BadSampleError if the file no longer has them."""
         places = self._places[index].tolist()
-        kept = [(offset, offset + size) for offset, size in places if offset != _ABSENT]
-        start, end = min(kept)[0], max(end for _, end in kept)
+        kept = [(at, at + size) for at, size in places if at != _ABSENT]
+        start, end, wanted = kept[0][0], 0, 0
+        for at, after in kept:
+            start, end, wanted = min(start, at), max(end, after), wanted + after - at
         try:
-            if end - start <= sum(e - s for s, e in kept) + _NEAR:
+            if end - start <= wanted + _NEAR:
                 whole = self._files.read(self.path, start, end - start)
                 parts = [None if at == _ABSENT else whole[at - start : at - start + size] for at, size in places]
             else:
@@ -216,8 +218,7 @@ class TarSource:
         except OSError as error:
             raise BadSampleError("shard cannot be read") from error
         image, text, json = parts
-        complete = all(part is None or len(part) == size for part, (_, size) in zip(parts, places, strict=True))
-        if image is None or not complete:
+        if image is None or sum([len(part) for part in parts if part is not None]) != wanted:
             raise BadSampleError("shard cut short")
         return RawSample(self.key(index), image, text, json)
 

@@ -1,5 +1,7 @@
 """The numba view renderer against Pillow, cv2 and float64 formulas."""
 
+import ctypes
+import mmap
 import subprocess
 import sys
 import textwrap
@@ -14,8 +16,10 @@ from rocket_fast.image_augment import NO_SOLARIZE, ViewParams, centre_view
 
 cv2 = pytest.importorskip("cv2")
 Image = pytest.importorskip("PIL.Image")
-pytest.importorskip("numba")
+numba = pytest.importorskip("numba")
 from rocket_fast.kernels import augment  # noqa: E402
+from rocket_fast.kernels import resize as resize_module  # noqa: E402
+from rocket_fast.kernels.resize import resize  # noqa: E402
 
 
 def noise(height, width, seed=0):
@@ -75,6 +79,55 @@ def test_centre_view_is_resize_then_centre_crop(shape):
     top, left = round((resized_h - size) / 2), round((resized_w - size) / 2)
     expected = resized[top : top + size, left : left + size]
     assert np.abs(render(source, centre_view(*shape, size), size) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 90), (37, 2), (9, 700), (64, 64)])
+@pytest.mark.parametrize("out", [(1, 1), (3, 33), (40, 32), (5, 100)])
+def test_resize_reads_and_writes_nothing_beyond(shape, out):
+    """Pictures whose last pixel ends a page that nothing may be read beyond, and views between guards."""
+    libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
+    size = 3 * shape[0] * shape[1]
+    memory = mmap.mmap(-1, (size // page + 2) * page)
+    end = (size // page + 1) * page
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert libc.mprotect(ctypes.c_void_p(start + end), page, 0) == 0
+    source = np.frombuffer(memory, np.uint8, size, end - size).reshape(*shape, 3)
+    source[...] = noise(*shape)
+    for dtype, guard in ((np.uint8, 77), (np.float32, np.nan)):
+        room = np.full(3 * out[0] * out[1] + 200, guard, dtype)
+        view = room[100:-100].reshape(3, *out)
+        resize(source, (0.0, 0.0, *map(float, shape)), True, False, view)
+        apart = np.floor(view.astype(np.float64) + 0.5).transpose(1, 2, 0) - pillow(source, (0, 0, *shape), *out)
+        assert np.abs(apart).max() <= 2
+        np.testing.assert_array_equal(room[:100], np.full(100, guard, dtype))
+        np.testing.assert_array_equal(room[-100:], np.full(100, guard, dtype))
+
+
+@pytest.mark.parametrize("size", [10, 33, 64])
+def test_what_memory_held_before_changes_nothing(size):
+    source, params = noise(70, 50), whole(noise(70, 50), blur_sigma=1.1, matrix=1.2 * np.eye(3))
+    seen = set()
+    for before in (np.nan, 1e30, -5.0):
+        spaces = [np.full(3 * size * size + 32, before, np.float32) for _ in range(8)]
+        del spaces  # which the allocator gives again
+        seen.add(render(source, params, size).tobytes())
+    assert len(seen) == 1
+
+
+@pytest.mark.slow
+def test_without_avx2_the_sums_are_the_same(monkeypatch):
+    """LLVM's own instructions in the place of pmaddwd, which processors of other makes get."""
+    source, window = noise(61, 83), (3.0, 2.0, 55.0, 80.0)
+    plain = numba.njit(resize_module._resize.py_func)
+    for dtype in (np.uint8, np.float32):
+        expected, got = (np.zeros((3, 40, 64), dtype) for _ in range(2))
+        resize(source, window, True, True, expected)  # compiled before what follows
+        with monkeypatch.context() as patched:
+            patched.setattr(resize_module, "_has_avx2", lambda context: False)
+            plain(source, *window, True, True, 64, got)
+        assert (got == expected).all()
+        assert got.any()
+    assert not any("pmadd.wd" in code for code in plain.inspect_llvm().values())
 
 
 def test_flip_mirrors_left_right():

@@ -47,6 +47,7 @@ def test_counts_reasons_and_names_examples(tmp_path: Path, write_shard):
         "corrupt image": 1, "empty caption": 1, "caption not UTF-8": 1, "no caption": 1,
     }  # fmt: skip
     assert report.examples["corrupt image"] == ["bad/b"]
+    assert report.examples["no caption"] == ["bad/e"]
     assert report.pixels == (3 * 5, 30 * 40)
     assert seen[-1] == (10, 10)
 

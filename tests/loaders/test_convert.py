@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
-from loader_support import assert_same, opened
+from loader_support import assert_same, opened, write_members
 
 from rocket_fast.__main__ import main
 from rocket_fast.errors import Failed, MissingExtra
@@ -64,6 +64,17 @@ def test_packs_what_training_then_reads(tmp_path, folder):
     assert not after.skipped
 
 
+def test_damaged_pictures_are_left_out_of_tars_as_training_would(tmp_path):
+    jpeg, png = encoded(40, 60), encoded(40, 60, "PNG")
+    pictures = {"a.jpg": jpeg, "b.jpg": jpeg[:-60], "c.png": png, "d.png": png[:-60], "e.jpg": encoded(200, 200)}
+    samples = {name[0]: {name[2:]: picture, "txt": b"x"} for name, picture in pictures.items()}
+    write_members(tmp_path / "s.tar", samples)
+    report = pack([f"{tmp_path}/s.tar"], PackConfig(out=tmp_path / "out", pixel_limit=5000))
+    assert report.skipped == Counter({"corrupt image": 2, "image over the pixel limit": 1})
+    packed = ShardSet([f"{tmp_path}/out/*.tar"])
+    assert [packed.read(i).image for i in range(len(packed))] == [jpeg, png]
+
+
 @pytest.mark.parametrize(("workers", "kind"), [(1, "tar"), (3, "tar"), pytest.param(2, "beton", marks=needs_ffcv)])
 def test_continues_after_a_kill_and_ends_the_same(tmp_path, folder, monkeypatch, workers, kind):
     whole = PackConfig(out=tmp_path / "whole", shard_size=6, workers=2, format=kind)
@@ -101,7 +112,12 @@ def test_other_options_or_sources_do_not_continue_it(tmp_path, folder, write_sha
     pack([str(folder)], PackConfig(out=out, shard_size=10))
     with pytest.raises(ValueError, match=r"shard_size: got 9, expected 10, as .*pack\.json was begun"):
         pack([str(folder)], PackConfig(out=out, shard_size=9))
-    for wrong in ({"format": "zip"}, {"page_mib": 3}):
+    for wrong in (
+        {"format": "zip"},
+        *({"page_mib": mib} for mib in (1, 3, 12, 4096)),
+        {"captions": "json"},
+        {"workers": 0},
+    ):
         with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: got"):
             PackConfig(out=out, **wrong)
     (folder / "00.txt").unlink()

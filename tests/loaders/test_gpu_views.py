@@ -71,10 +71,10 @@ def levels(images):
 class Drawn(CPULoader):
     """The CPU loader, which keeps what it drew."""
 
-    def _draw(self, key, epoch, height, width):
-        views = super()._draw(key, epoch, height, width)
-        self.__dict__.setdefault("drawn", {})[key] = views
-        return views
+    def _decode(self, draft):
+        pixels, views = super()._decode(draft)
+        self.__dict__.setdefault("drawn", {})[draft.sample.key] = views
+        return pixels, views
 
 
 @everywhere

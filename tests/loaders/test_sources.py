@@ -68,6 +68,12 @@ def test_folder_with_captions_beside(tmp_path):
     assert found["pets.v1/b/z.JPG"] == (0, ["z"])
 
 
+def test_a_folder_of_tars_says_how_they_are_named(tmp_path, write_shard):
+    write_shard(tmp_path / "tars/0.tar", 3, 0)
+    with pytest.raises(ValueError, match=rf"folder: got '{tmp_path}/tars', .*{tmp_path}/tars/\*\.tar"):
+        ShardSet([f"{tmp_path}/tars"])
+
+
 def test_folder_whose_files_vanish(tmp_path):
     write_pictures(tmp_path / "f", ["a.jpg", "b.jpg", "c.jpg"])
     for name in "abc":
