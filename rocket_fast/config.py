@@ -192,14 +192,15 @@ class TrainConfig:
         pairs = strong >= 2 or not isinstance(self.model.companion, SwALIPConfig)
         require(pairs, "image.strong", f"{strong} strong views", "2 or more, for SwALIP to label one by another")
         vision = self.model.vision
-        if isinstance(vision, ViTConfig) and vision.any_size:
-            for number, view in enumerate(self.image.views):
+        sizes = {"image.weak.size": self.image.weak.size}
+        sizes |= {f"image.strong.{number}.size": view.size for number, view in enumerate(self.image.strong)}
+        for name, size in sizes.items():
+            if isinstance(vision, ViTConfig) and vision.any_size:
                 expected = f"a multiple of model.vision.patch_size = {vision.patch_size}"
-                require(view.size % vision.patch_size == 0, f"size of view {number}", view.size, expected)
-        elif isinstance(vision, ViTConfig | ConvStemViTConfig):
-            side = vision.image_size
-            for number, view in enumerate(self.image.views):
-                require(view.size == side, f"size of view {number}", view.size, f"model.vision.image_size = {side}")
+                require(size % vision.patch_size == 0, name, size, expected)
+            elif isinstance(vision, ViTConfig | ConvStemViTConfig):
+                side = vision.image_size
+                require(size == side, name, size, f"model.vision.image_size = {side}")
 
     def _check_unpaired(self) -> None:
         """Unpaired pictures need somebody who learns from them, and views to compare."""

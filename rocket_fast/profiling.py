@@ -37,6 +37,7 @@ class ProfileWindow:
         self._first, self._last = (0, 0) if window is None else profile_steps(window)
         self._base, self._device, self._report = folder / f"profile-{self._first}-{self._last}", device, report
         self._profile: torch.profiler.profile | None = None
+        self._begun = window is None
 
     def before(self, step: int) -> None:
         """The step of this number is about to start."""
@@ -44,7 +45,7 @@ class ProfileWindow:
             activities = [torch.profiler.ProfilerActivity.CPU]
             if self._device.type == "cuda":
                 activities.append(torch.profiler.ProfilerActivity.CUDA)
-            self._profile = torch.profiler.profile(activities=activities)
+            self._profile, self._begun = torch.profiler.profile(activities=activities), True
             self._profile.start()
 
     def after(self, step: int) -> None:
@@ -53,7 +54,10 @@ class ProfileWindow:
             self.close()
 
     def close(self) -> None:
-        """Stop and write, if steps are being profiled."""
+        """Stop and write, if steps are being profiled; say so, if none ever were."""
+        if not self._begun:
+            self._report(f"nothing profiled: no step of {self._first} to {self._last} was made")
+            self._begun = True
         if self._profile is None:
             return
         profile, self._profile = self._profile, None

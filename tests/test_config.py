@@ -39,7 +39,7 @@ def test_types_come_back_as_they_were():
         (lambda c: replace(c, model=replace(c.model, companion=SwALIPConfig())), "image.strong: got '1 strong views'"),
         (
             lambda c: replace(c, image=replace(c.image, weak=replace(c.image.weak, size=64))),
-            "size of view 0: got 64, expected model.vision.image_size = 32",
+            "image.weak.size: got 64, expected model.vision.image_size = 32",
         ),
     ],
 )

@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 from rocket_fast.config import LoopConfig, TrainConfig
-from rocket_fast.profiling import profile_steps
+from rocket_fast.profiling import ProfileWindow, profile_steps
 from rocket_fast.trainer import train
 
 
@@ -16,6 +18,17 @@ def test_a_window_is_two_step_numbers():
     for wrong in ("10", "10:", "15:10", "0:3", "-1:3", "a:b", "10:15:2", "1.5:2"):
         with pytest.raises(ValueError, match=f"loop.profile: got '{wrong}', expected START:STOP"):
             LoopConfig(profile=wrong)
+
+
+def test_a_window_beyond_the_run_is_said(tmp_path: Path):
+    told: list[str] = []
+    window = ProfileWindow("10:15", tmp_path, torch.device("cpu"), report=told.append)
+    window.before(1)
+    window.after(1)
+    for _ in range(2):
+        window.close()
+    ProfileWindow(None, tmp_path, torch.device("cpu"), report=told.append).close()
+    assert told == ["nothing profiled: no step of 10 to 15 was made"]
 
 
 @pytest.mark.parametrize(("window", "steps"), [("2:3", 2), ("2:900", 2)], ids=["inside", "cut"])
