@@ -277,6 +277,24 @@ def test_gradients_hide_behind_the_backward_pass(large: Workload):
     assert not seconds(predict(large, Machines(device=H100), 16), "gradients' all-reduce", "batch norms' sums")
 
 
+def test_fsdp_holds_parts_and_gathers_blocks(workload: Workload):
+    """By hand: both towers' one block has 12 widths squared; the rest of the model is whole on every device."""
+    sharded = replace(workload, config=replace(workload.config, loop=replace(workload.config.loop, parallel="fsdp")))
+    machines, parameters = Machines(device=H100, count=4), workload.cost.parameters
+    blocks = [12 * 16**2, 12 * 24**2]
+    rest = parameters - sum(blocks)
+    whole, parts = (memory(each, machines, 64) for each in (workload, sharded))
+    assert parts.weights == parameters + 2 * 4 * max(blocks) + 4 * rest  # 4 bytes on 4 devices
+    assert parts.gradients == parameters + 2 * 4 * max(blocks) + 4 * rest
+    assert parts.optimizer == whole.optimizer / 4
+    assert (parts.activations, parts.pictures, parts.loss) == (whole.activations, whole.pictures, whole.loss)
+    assert memory(sharded, Machines(device=H100), 64) == memory(workload, Machines(device=H100), 64)
+    for accumulation, passes in ((1, 2), (2, 6)):
+        prediction = predict(sharded, machines, 256, accumulation=accumulation)
+        (traffic,) = (part for part in prediction.parts if part.name == "parameters and gradients")
+        assert traffic.sent == pytest.approx(3 / 4 * 4 * (passes + 1) * parameters)
+
+
 def test_small_steps_wait_for_kernels_and_few_cores_for_pictures(large: Workload):
     machines = Machines(device=replace(H100, kernel_seconds=1e-3))
     assert seconds(predict(large, machines, 1), "starting kernels") > 0.5
