@@ -320,10 +320,11 @@ class CPULoader:
         require(0 <= seed < 2**64, "seed", seed, "0 <= seed < 2**64")
         self.data, self.image, self.text, self.tokenizer, self.seed = data, image, text, tokenizer, seed
         member: CaptionMember = "txt" if data.captions == "txt" else "json"
-        self._shards = ShardSet(data.train, caption="none" if tokenizer is None else member, weights=data.weights)
+        self._field = "data.train" if tokenizer is not None else "data.unpaired"  # which errors name
+        caption: CaptionMember = "none" if tokenizer is None else member
+        self._shards = ShardSet(data.train, caption=caption, weights=data.weights, field=self._field)
         if data.strict and (skipped := self._shards.first_skipped()):
             raise _refused(*skipped)
-        self._field = "data.train" if tokenizer is not None else "data.unpaired"  # which errors name
         self.samples = self._shards.epoch_samples
         if tokenizer is None:
             expected = f"at least {data.batch_size}, a step's"

@@ -51,28 +51,26 @@ def expand_braces(pattern: str) -> list[str]:
     return [text for value in values for text in expand_braces(before + value + after)]
 
 
-def expand_patterns(patterns: Sequence[str]) -> list[Found]:
-    """What the patterns name, in the order given, a glob's sorted; ValueError for a missing one."""
+def expand_patterns(patterns: Sequence[str], *, field: str = "shards") -> list[Found]:
+    """What the patterns name, in the order given, a glob's sorted; ValueError, naming ``field``, for a missing one."""
     found: dict[Path, Found] = {}
     for number, pattern in enumerate(patterns):
         for text in expand_braces(pattern):
             match = None if Path(text).exists() else _OPTIONS.fullmatch(text)
             place, query = match.groups() if match else (text, "")
             options = dict(option.split("=", 1) for option in query.split("&") if option)
-            for path in map(Path, _paths(place, pattern)):
-                require(path.exists(), "shards", pattern, f"existing files, but there is no file {path}")
-                require(path not in found, "shards", pattern, f"each shard once, but {path} is named again")
+            for path in map(Path, _paths(place, pattern, field)):
+                require(path.exists(), field, pattern, f"existing files, but there is no file {path}")
+                require(path not in found, field, pattern, f"each shard once, but {path} is named again")
                 found[path] = Found(path, pattern, number, options)
     return list(found.values())
 
 
-def _paths(place: str, pattern: str) -> list[str]:
+def _paths(place: str, pattern: str, field: str) -> list[str]:
     if not glob.has_magic(place) or Path(place).exists():
         return [place]
     paths = sorted(glob.glob(place, recursive=True))
-    require(
-        len(paths) > 0, "shards", pattern, "a pattern that some file matches (for the demo: rocket-fast data emoji)"
-    )
+    require(len(paths) > 0, field, pattern, "a pattern that some file matches (for the demo: rocket-fast data emoji)")
     return paths
 
 
@@ -81,22 +79,27 @@ class ShardSet:
 
     ``skipped`` counts the samples that lack an image or the wanted caption, by reason. ``weights``, one per pattern, is
     how often an epoch shows each of its samples; see ``epoch_order``. Raises ValueError naming pattern and path for a
-    source that is missing or cannot be read, and if there is no usable sample.
+    source that is missing or cannot be read, and if there is no usable sample; it names ``field``.
     """
 
     def __init__(
-        self, patterns: Sequence[str], *, caption: CaptionMember = "txt", weights: Sequence[float] | None = None
+        self,
+        patterns: Sequence[str],
+        *,
+        caption: CaptionMember = "txt",
+        weights: Sequence[float] | None = None,
+        field: str = "shards",
     ) -> None:
         weights_fit = weights is None or len(weights) == len(patterns)
         require(weights_fit, "weights", weights, lambda: f"{len(patterns)} numbers, one a pattern")
         shared = SourceOptions(caption=caption, files=FileCache(), row_groups=RowGroupCache())
         self.sources: list[Source] = []
-        found = expand_patterns(patterns)
+        found = expand_patterns(patterns, field=field)
         for path, pattern, _, options in found:
             try:
                 self.sources.append(open_source(path, options, shared))
             except (OSError, ValueError) as error:
-                raise InvalidArgument(f"shards: {path} (pattern {pattern!r}) cannot be read: {error}") from error
+                raise InvalidArgument(f"{field}: {path} (pattern {pattern!r}) cannot be read: {error}") from error
         self.paths = [each.path for each in found]
         if stale := shared.stale_indexes:
             warnings.warn(
@@ -109,7 +112,7 @@ class ShardSet:
         self._ends = np.cumsum(counts).tolist()  # a list: numpy takes 10 us to find a place in an array
         wanted = "an image" if caption == "none" else f"image and .{caption} (data.captions says which)"
         expected = f"at least one sample with {wanted}, but there are none; left out: {dict(self.skipped)}"
-        require(len(self) > 0, "shards", tuple(patterns), expected)
+        require(len(self) > 0, field, tuple(patterns), expected)
         names = [source.name for source in self.sources]
         listing = "\n".join(f"{name} {count}" for name, count in zip(names, counts, strict=True))
         if weights is not None:

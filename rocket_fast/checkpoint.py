@@ -13,6 +13,7 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,11 +137,11 @@ class CheckpointFolder:
         name = f"step-{state['step']:08d}"
         if self.sharded is not None:
             assert tensors is not None
+            if best:  # first: a kill in between only has the evaluation done again
+                self.sharded.together(lambda: _link(self.folder / "best", name) if is_main() else None)
             self.sharded.write(self.folder / name, tensors, lambda path: torch.save(state, path))
-            if best and is_main():
-                _link(self.folder / "best", name)
         else:
-            for target in [self.folder / f"{name}.pt", *([self.folder / "best.pt"] if best else [])]:
+            for target in [*([self.folder / "best.pt"] if best else []), self.folder / f"{name}.pt"]:
                 _write_file(state, target)
         if self.sharded is None or is_main():
             self._remove_old()
@@ -151,7 +152,10 @@ class CheckpointFolder:
             step = int(path.stem.removeprefix("step-"))
             if path.resolve() == best or (self.keep_every is not None and step % self.keep_every == 0):
                 continue
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            try:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            except OSError as error:  # of no importance to the run
+                self.report(f"{path} could not be removed ({error})")
 
     def load_latest(
         self,
@@ -172,15 +176,24 @@ class CheckpointFolder:
                 if self.sharded is None or tensors is None:
                     return load_checkpoint(path, map_location=map_location)
                 self.sharded.require_whole(path)
-                state = _read_file(path / REST, map_location)
-                self.sharded.read_into(path, tensors(names_in(path)))
+                state, wanted = self.sharded.together(partial(_prepare, path, map_location, tensors))
+                self.sharded.read_into(path, wanted)
                 return state
+            except torch.OutOfMemoryError:
+                raise  # no damage
             except Exception as error:  # any damage has the same remedy: the checkpoint before it
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 self.report(f"{path} cannot be read ({reason}); trying the checkpoint before it")
         if paths:
             raise Failed(f"none of the {len(paths)} checkpoints in {self.folder} can be read; move them away first")
         return None
+
+
+def _prepare(
+    path: Path, map_location: str | torch.device, tensors: Callable[[set[str]], dict[str, Tensor]]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a folder holds beside tensors, and the tensors to fill."""
+    return _read_file(path / REST, map_location), tensors(names_in(path))
 
 
 def _write_file(state: dict[str, Any], target: Path) -> None:

@@ -54,7 +54,7 @@ class LoopConfig:
     forward pass more and one micro-batch's activations. Batch norm takes each micro-batch's own statistics."""
     parallel: Parallel = "ddp"
     """How several processes hold the model: ddp, whole in each; fsdp, parameters, gradients and AdamW's moments in
-    parts (FSDP2), for towers that do not fit otherwise."""
+    parts (FSDP2; with accumulation gradients are whole), for towers that do not fit otherwise."""
     compile: Compile = "off"
     """What torch.compile compiles: nothing; the towers; or all of the forward pass and, on one process, the loss too.
     The optimizer is torch's fused kernel in any case. With fsdp it is each transformer block."""
@@ -69,7 +69,7 @@ class LoopConfig:
     keep_checkpoints: int = 2
     """How many of the latest checkpoints stay on disk."""
     keep_every: int | None = None
-    """Checkpoints of steps that are multiples of this stay on disk for good; None keeps none beside the latest."""
+    """Checkpoints of steps that are multiples of this are written and stay on disk; None keeps the latest only."""
     eval_every_epochs: int = 1
     """Epochs between zero-shot evaluations (the best score keeps best.pt); 0 evaluates at the end only."""
     weight_average: float | None = None

@@ -81,8 +81,8 @@ class Evaluator:
     def __init__(self, config: TrainConfig, tokenizer: Tokenizer) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.size = config.image.weak.size
-        for each in config.eval.sets:  # a missing file is better noticed before the training than after
-            expand_patterns(each.shards)
+        for number, each in enumerate(config.eval.sets):  # a missing file is better noticed before the training
+            expand_patterns(each.shards, field=f"eval.sets.{number}.shards")
 
     def top1(self, model: DualEncoder, autocast: torch.autocast) -> float:
         """Zero-shot top-1 in percent on the first set, at the configured weight: it picks the best checkpoint."""

@@ -48,8 +48,10 @@ class StepModel:
         say: Callable[[str], None],
     ) -> None:
         self.model, self.sharded = model, loop.parallel == "fsdp" and world_size() > 1
+        if loop.parallel == "fsdp" and not self.sharded:
+            say("loop.parallel fsdp: one process holds all of the model")
         _synchronize_batch_norm(model, device, say)
-        _compile(model, loop.compile, by_block=self.sharded)
+        _compile(model, loop.compile, say, by_block=self.sharded)
         self._called: nn.Module = model
         if self.sharded:
             mesh = init_device_mesh(device.type, (world_size(),))
@@ -103,10 +105,15 @@ class StepModel:
             return None
         copy = DualEncoder(model.config)
         copy.load_state_dict(state)
+        for block, own in zip(_blocks(copy), _blocks(model), strict=True):
+            block.attend = own.attend
         return copy.to(model.logit_scale.device)
 
     def agree_on_buffers(self, *modules: nn.Module) -> None:
-        """Under FSDP2 give every rank the main one's running statistics, as DDP does in every step."""
+        """Under FSDP2 give every rank the main one's buffers, which are those that are kept; DDP does in every step.
+
+        They differ where batch norm is not synchronised, and no training step reads them.
+        """
         for buffer in (buffer for module in modules for buffer in module.buffers()) if self.sharded else ():
             dist.broadcast(buffer, src=0)
 
@@ -122,6 +129,10 @@ class StepModel:
 def whole_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor that may be spread over ranks, each of which has to call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _blocks(model: nn.Module) -> list[TransformerBlock]:
+    return [module for module in model.modules() if isinstance(module, TransformerBlock)]
 
 
 def own_part(tensor: Tensor) -> Tensor:
@@ -154,7 +165,7 @@ def _synchronize_batch_norm(model: DualEncoder, device: torch.device, say: Calla
         say("the image tower's batch norm takes each process's own statistics: torch synchronises it on CUDA only")
 
 
-def _compile(model: DualEncoder, mode: Compile, *, by_block: bool) -> None:
+def _compile(model: DualEncoder, mode: Compile, say: Callable[[str], None], *, by_block: bool) -> None:
     """Compile the towers, or everything from pictures to embeddings; ``by_block`` where FSDP2's hooks are between.
 
     Captions' lengths change from step to step: their graphs are made for any.
@@ -163,9 +174,10 @@ def _compile(model: DualEncoder, mode: Compile, *, by_block: bool) -> None:
         return
     encoders = [each for each in (model, model.momentum) if each is not None]
     if by_block:
-        for block in (module for each in encoders for module in each.modules()):
-            if isinstance(block, TransformerBlock):
-                block.compile(backend=BACKEND, dynamic=True)
+        for block in (block for each in encoders for block in _blocks(each)):
+            block.compile(backend=BACKEND, dynamic=True)
+        if not _blocks(model.visual):
+            say("the image tower runs uncompiled: with FSDP2 transformer blocks are compiled, and it has none")
     elif mode == "step":
         model.compile(backend=BACKEND, dynamic=True)
     else:
@@ -183,8 +195,10 @@ def compile_loss(objective: nn.Module, loop: LoopConfig) -> None:
 
 
 def is_compile_error(error: Exception) -> bool:
-    """Whether torch.compile could not do it, and nothing else is wrong."""
-    return isinstance(error, torch._dynamo.exc.TorchDynamoException)
+    """Whether torch.compile could not do it; not where the compiled code itself is wrong, or memory ran out."""
+    found = torch._dynamo.exc
+    own = isinstance(error, found.TorchDynamoException) and not isinstance(error, found.TorchRuntimeError)
+    return own and not isinstance(error.__cause__, torch.OutOfMemoryError)
 
 
 def compile_advice(error: Exception) -> str:
@@ -209,10 +223,9 @@ def _shard(model: DualEncoder, mesh: DeviceMesh, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.contiguous()  # FSDP2 knows no channels_last
     towers = [tower for each in (model, model.momentum) if each is not None for tower in (each.visual, each.text)]
     for tower in towers:
-        for block in tower.modules():
-            if isinstance(block, TransformerBlock):
-                if dtype.itemsize == 2:
-                    fully_shard([block.norm1, block.norm2], mesh=mesh)
-                fully_shard(block, mesh=mesh, mp_policy=policy)
+        for block in _blocks(tower):
+            if dtype.itemsize == 2:
+                fully_shard([block.norm1, block.norm2], mesh=mesh)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(tower, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if p.ndim == 0})

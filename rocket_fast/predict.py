@@ -177,13 +177,16 @@ def memory(workload: Workload, machines: Machines, per_device: int, accumulation
     kept = 4 * (figures.parameters + figures.momentum_parameters + averaged)
     shards, gathered = (machines.count, _Gathered.of(workload)) if _sharded(workload, machines) else (1, None)
     casts = 2 * narrow * (figures.parameters if gathered is None else gathered.rest)
+    whole_gradients = 0.0  # beside the parts: micro-batches' are summed before ranks exchange them
+    if gathered is not None:
+        whole_gradients = gathered.weights(4) if accumulation == 1 else 4.0 * figures.parameters
     weights = kept / shards + casts + (0 if gathered is None else gathered.weights(workload.itemsize))
     together = 4 * (figures.views > 1)  # views of one size are put side by side
     a_pixel = 2 * 1 + 4 + together + (2 if narrow else 0)  # uint8, the next batch's too; normalised; side by side; cast
     micro = math.ceil(per_device / accumulation)
     return Memory(
         weights=weights,
-        gradients=4 * figures.parameters / shards + (0 if gathered is None else gathered.weights(4)),
+        gradients=4 * figures.parameters / shards + whole_gradients,
         optimizer=8 * figures.parameters / shards,
         activations=micro * activations(workload, machines),
         pictures=workload.volume.pixels * ((a_pixel - 2) * micro + 2 * per_device),

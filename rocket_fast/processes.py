@@ -38,7 +38,7 @@ def process_group(wanted: str) -> Iterator[None]:
 
 
 class StopRequest:
-    """``signum`` of the first SIGINT or SIGTERM, 0 until there is one."""
+    """``signum`` of the first SIGINT, SIGTERM or SIGUSR2, 0 until there is one."""
 
     signum = 0
 

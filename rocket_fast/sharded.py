@@ -14,7 +14,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -27,9 +27,11 @@ from torch.distributed.tensor import DTensor
 
 from rocket_fast.distributed import rank, world_size
 from rocket_fast.errors import Failed
+from rocket_fast.files import write_atomically
 
-_CHECKSUMS, REST = "checksums.json", "rest.pt"
+_CHECKSUMS, REST = "checksums.json", "rest.pt"  # the latter has checksums of its own
 _READ_BYTES = 2**24
+Result = TypeVar("Result")
 
 
 def tensors_of(
@@ -66,6 +68,7 @@ class ShardedFolders:
         self._group: Any = dist.new_group(backend="gloo") if together else None  # of the thread that writes
         self._mesh = init_device_mesh("cpu", (world_size(),)) if together else None
         self._process = _mains(os.getpid(), self._group)
+        self._whole: set[Path] = set()  # written or read by this run
         self._rank, self._ranks = (rank(), world_size()) if together else (0, 1)
 
     def on_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -83,26 +86,24 @@ class ShardedFolders:
     def write(self, path: Path, tensors: Mapping[str, Tensor], write_rest: Callable[[Path], object]) -> None:
         """Put a whole folder at ``path``, or none; ``tensors`` are ``on_host``'s, ``write_rest`` is the main rank's.
 
+        Of a folder that this run has written or read before, with the same weights then, only the rest is replaced.
         Raises ``Failed`` on every rank where one of them could not write.
         """
         temporary = path.with_name(f".{path.name}.{self._process}.tmp")
-        reason = None
         try:
-            self._write_own(temporary, tensors)
-        except (Exception, CheckpointException) as error:  # whatever it is, there is no checkpoint
-            reason = str(error).strip().splitlines()[-1] if str(error) else type(error).__name__
-        sums = self._everyones(_checksums(temporary, f"shard-{self._rank + 1:05d}-*") if reason is None else reason)
-        if self._rank == 0 and all(isinstance(each, dict) for each in sums):
-            try:
-                write_rest(temporary / REST)
-                _finish(temporary, path, {name: value for each in sums for name, value in each.items()})
-            except (OSError, RuntimeError) as error:
-                reason = str(error).splitlines()[0]
-        reasons = [each for each in self._everyones(reason) if each is not None]
-        if self._rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        if reasons:
-            raise Failed(f"{path} could not be written ({reasons[0]})")
+            if path not in self._whole:
+                self.together(lambda: self._write_own(temporary, tensors))
+                sums = self.together(lambda: _checksums(temporary, f"shard-{self._rank + 1:05d}-*"))
+                everyones = {name: value for each in self._everyones(sums) for name, value in each.items()}
+                self.together(lambda: _finish(temporary, path, everyones, write_rest) if self._rank == 0 else None)
+                self._whole.add(path)
+            else:
+                self.together(lambda: write_atomically(path / REST, write_rest) if self._rank == 0 else None)
+        except Failed as error:
+            raise Failed(f"{path} could not be written ({error})") from error
+        finally:
+            if self._rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
 
     def _write_own(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         with _quiet():  # nothing that can fail on one rank may stand before this: others would wait in it
@@ -110,27 +111,42 @@ class ShardedFolders:
             dcp.save(dict(tensors), storage_writer=writer, process_group=self._group, no_dist=self._group is None)
 
     def require_whole(self, path: Path) -> None:
-        """Check all files, each rank some; raises ``Failed`` on every rank where one is damaged."""
-        damaged = None
-        try:
+        """Check the tensors' files, each rank some; raises ``Failed`` on every rank where one is damaged."""
+
+        def check() -> None:
             expected = json.loads((path / _CHECKSUMS).read_text())
             for name in sorted(expected)[self._rank :: self._ranks]:
                 if _checksum(path / name) != expected[name]:
                     raise Failed(f"the checksum of {name} is wrong")
-        except Exception as error:  # of whatever kind: it cannot be used
-            damaged = str(error).splitlines()[0] if str(error) else type(error).__name__
-        reasons = [each for each in self._everyones(damaged) if each is not None]
-        if reasons:
-            raise Failed(f"{path} is damaged: {reasons[0]}")
+
+        self.together(check)
 
     def read_into(self, path: Path, tensors: dict[str, Tensor]) -> None:
         """Fill ``tensors``, or this rank's parts of them; ``Failed`` on every rank where one cannot."""
-        with _quiet():
-            reader = dcp.HuggingFaceStorageReader(str(path))
-            try:
+
+        def read() -> None:
+            with _quiet():
+                reader = dcp.HuggingFaceStorageReader(str(path))
                 dcp.load(tensors, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
-            except CheckpointException as error:  # which is no Exception
-                raise Failed(str(error).strip().splitlines()[-1]) from error
+
+        self.together(read)
+        self._whole.add(path)
+
+    def together(self, act: Callable[[], Result]) -> Result:
+        """What ``act`` gives; ``Failed`` on every rank, with the first one's reason, where it raises on any.
+
+        Else those on which it does not would wait for the others.
+        """
+        result, reason = None, None
+        try:
+            result = act()
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
+            lines = str(error).strip().splitlines()
+            reason = lines[-1 if isinstance(error, CheckpointException) else 0] if lines else type(error).__name__
+        reasons = [each for each in self._everyones(reason) if each is not None]
+        if reasons:
+            raise Failed(reasons[0])
+        return cast(Result, result)
 
     def _everyones(self, own: Any) -> list[Any]:
         if self._group is None:
@@ -167,14 +183,17 @@ def _described(reader: Any) -> dict[str, TensorStorageMetadata]:
     return reader.read_metadata().state_dict_metadata
 
 
-def _finish(temporary: Path, path: Path, sums: dict[str, int]) -> None:
-    """On the main rank: checksums, everything on disk, the folder in its place."""
-    sums = sums | {REST: _checksum(temporary / REST)}
+def _finish(temporary: Path, path: Path, sums: dict[str, int], write_rest: Callable[[Path], object]) -> None:
+    """On the main rank: the rest, checksums, everything on disk, the folder in its place."""
+    missing = [name for name in sums if not (temporary / name).is_file()]
+    if missing:
+        raise Failed(f"{missing[0]} of another process is not there: do the processes share the run's folder?")
+    write_rest(temporary / REST)
     (temporary / _CHECKSUMS).write_text(json.dumps(sums, indent=1))
     for file in temporary.iterdir():
         _to_disk(file)
     _to_disk(temporary)
-    if path.exists():
+    if path.exists():  # a damaged one, which this run did not continue from
         shutil.rmtree(path)
     os.replace(temporary, path)
     _to_disk(path.parent)

@@ -229,7 +229,8 @@ class Trainer:
             still_alive()  # not before an epoch's first step, in which ranks wait for the main one's evaluation
             bar.advance()
             stopping = agree_to_stop(stop)
-            saving = self.step % self.config.loop.checkpoint_every == 0
+            loop = self.config.loop
+            saving = any(self.step % every == 0 for every in (loop.checkpoint_every, loop.keep_every) if every)
             ending = self.step == last or self.step % len(self.loader) == 0
             if stopping or saving or ending or self.step % self.config.loop.log_every == 0:
                 self._log(output, watch, bar)  # which is also what keeps a bad step out of every checkpoint
@@ -258,7 +259,11 @@ class Trainer:
             self.clock.mark()  # forward and backward take turns: all of it counts as backward
             micro_batches = [self.copies(part) for part in batch.split(self.config.loop.accumulation)]
             output = cached_step(
-                self._embed, micro_batches, self._loss, model=self.model, no_sync=self.parallel.no_sync
+                self._embed,
+                micro_batches,
+                self._loss,
+                model=self.model,
+                no_sync=self.parallel.no_sync if world_size() > 1 else None,
             )
         self.parallel.average_gradients()
         self.clock.mark()
@@ -306,8 +311,9 @@ class Trainer:
         """Remember the first step whose loss or gradients are not finite, and keep the fused optimizer from them.
 
         Both are the same on every rank: the loss is of the gathered batch, the gradients are averaged. In fp16
-        they may overflow now and then, which costs a step and halves the loss's scale; a loss that is not finite, or a
-        scale below 1, is as bad as ever. Adds ``grad_norm`` (before clipping) and ``loss_scale`` to the metrics.
+        they may overflow now and then, which costs a step (averages of the weights move on) and halves the loss's
+        scale; a loss that is not finite, or a scale below 1, is as bad as ever. Adds ``grad_norm`` (before clipping)
+        and ``loss_scale`` to the metrics.
         """
         norm = whole_tensor(nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
         loss, scale = metrics["loss"], None
@@ -484,6 +490,7 @@ class Trainer:
         attention = "/".join(dict.fromkeys(choice.name for choice in self.attention))
         where = f"{self.device.type} x {world_size()}{' (FSDP2)' * self.parallel.sharded}, {self.autocast_name}"
         where += f", attention by {attention}" if attention else ""
+        where += ", compiled in the first steps, which take long" if self.config.loop.compile != "off" else ""
         where += f", pictures by {self.loading.name} ({self.loading.reason})"
         start = f"continuing at step {self.step} of {last}" if self.step else f"{last} steps"
         if self.step >= last:

@@ -201,7 +201,9 @@ def test_a_command_that_is_to_end_in_thirty_seconds_saves_and_exits_with_128_plu
 ):
     config = replace(tiny_config, name="stopped", loop=replace(tiny_config.loop, epochs=500, checkpoint_every=10_000))
     lives.start(config)
+    patience = time.monotonic() + 300
     while not any(record["step"] >= 3 for record in logged_steps(config)):
+        assert time.monotonic() < patience, lives.errors(config)
         time.sleep(0.01)
     for _ in range(2):  # launchers often send it twice
         lives.order("signal", signal.SIGTERM)

@@ -314,7 +314,7 @@ def test_gradients_are_shortened_as_torch_does_it(tiny_config: TrainConfig):
 
 
 def test_checkpoints_of_chosen_steps_stay(tiny_config: TrainConfig):
-    loop = replace(tiny_config.loop, checkpoint_every=2, keep_every=4)
+    loop = replace(tiny_config.loop, checkpoint_every=5, keep_every=4)
     train(replace(tiny_config, loop=loop, eval=EvalConfig()))
     kept = [path.name for path in CheckpointFolder(tiny_config.folder / "checkpoints", keep=1).step_paths()]
     assert kept == [f"step-{step:08d}.pt" for step in (4, 8, 10, 12)]

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
-from rocket_fast import parallel
+from rocket_fast import checkpoint, parallel, sharded
 from rocket_fast.checkpoint import load_checkpoint
 from rocket_fast.config import EvalConfig, TrainConfig, from_plain, to_plain
 from rocket_fast.models.heads import BYOLIPConfig
@@ -42,6 +42,7 @@ def rank_main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     fit, write, found = Trainer.fit, HuggingFaceStorageWriter.write_data, {}
+    checksums, read = sharded._checksums, checkpoint._read_file
 
     def fit_and_measure(self: Trainer, stop: object) -> None:
         fit(self, stop)
@@ -52,8 +53,19 @@ def rank_main(folder: Path) -> None:
             raise OSError("No space left on device")
         return write(self, *arguments)
 
+    def no_room_at_last(folder: Path, pattern: str) -> dict[str, int]:
+        if dist.get_rank() == 1 and "fsdp-stopped" in str(folder) and "step-00000002" in str(folder):
+            raise OSError("No space left for the rest")
+        return checksums(folder, pattern)
+
+    def unreadable_once(path: Path, *arguments: object) -> object:
+        if dist.get_rank() == 1 and "fsdp-average" in str(path) and "step-00000006" in str(path):
+            raise OSError("Stale file handle")
+        return read(path, *arguments)
+
     parallel.BACKEND = "aot_eager"
     Trainer.fit, HuggingFaceStorageWriter.write_data = fit_and_measure, no_room_once
+    sharded._checksums, checkpoint._read_file = no_room_at_last, unreadable_once
     for plain in json.loads((folder / "configs.json").read_text()):
         train(from_plain(plain))
     (folder / f"held-{dist.get_rank()}.json").write_text(json.dumps(found))
@@ -69,9 +81,11 @@ def launch(configs: list[TrainConfig], folder: Path) -> str:
     return done.stdout
 
 
-def losses(config: TrainConfig) -> list[float]:
+def logged(config: TrainConfig) -> list[tuple[float, ...]]:
+    """Of every step the loss, the norm of the gradients and both scales, whose gradients FSDP2 leaves to us."""
     lines = (config.folder / "metrics.jsonl").read_text().splitlines()
-    return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+    names = "loss", "grad_norm", "logit_scale", "h_logit_scale"
+    return [tuple(record[name] for name in names) for record in map(json.loads, lines) if "loss" in record]
 
 
 def assert_close(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor], precision: float = 1e-4) -> None:
@@ -82,7 +96,7 @@ def assert_close(weights: dict[str, torch.Tensor], others: dict[str, torch.Tenso
 
 
 def assert_alike(one: TrainConfig, other: TrainConfig, precision: float = 1e-4) -> None:
-    torch.testing.assert_close(losses(one), losses(other), rtol=precision, atol=precision)
+    torch.testing.assert_close(logged(one), logged(other), rtol=precision, atol=precision)
     weights = [load_file(config.folder / "weights.safetensors") for config in (one, other)]
     assert_close(*weights, precision)
 
@@ -102,7 +116,12 @@ def test_fsdp_trains_as_ddp_and_keeps_checkpoints_in_parts(tiny_config: TrainCon
     base = replace(tiny_config, model=model, loop=loop, optim=replace(tiny_config.optim, clip_norm=20.0))
     kinds = {
         "plain": base,
-        "parts": replace(base, loop=replace(loop, accumulation=2), eval=EvalConfig()),
+        "parts": replace(
+            base,
+            loop=replace(loop, accumulation=2),
+            loss=replace(base.loss, exchange="one_sided"),
+            eval=EvalConfig(),
+        ),
         "average": replace(
             base,
             model=replace(model, companion=BYOLIPConfig(hidden=24, out=8, predictor_hidden=24)),
@@ -115,7 +134,11 @@ def test_fsdp_trains_as_ddp_and_keeps_checkpoints_in_parts(tiny_config: TrainCon
         kind: replace(config, name=f"fsdp-{kind}", loop=replace(config.loop, parallel="fsdp"))
         for kind, config in kinds.items()
     }
-    printed = launch([*ddp.values(), *fsdp.values()], tmp_path)
+    stopped = [
+        replace(fsdp["parts"], name="fsdp-stopped", loop=replace(fsdp["parts"].loop, max_steps=steps))
+        for steps in (3, STEPS)
+    ]
+    printed = launch([*ddp.values(), *fsdp.values(), *stopped], tmp_path)
     for kind in kinds:
         assert_alike(ddp[kind], fsdp[kind], precision=0.02 if kind == "narrow" else 1e-4)
     for rank in (0, 1):
@@ -132,12 +155,20 @@ def test_fsdp_trains_as_ddp_and_keeps_checkpoints_in_parts(tiny_config: TrainCon
     assert saved("plain") == ["best", *steps]
     assert saved("parts") == [step for step in steps if "4" not in step]  # and no half of one
     assert "step-00000004 could not be written (OSError: No space left on device)" in printed
+    assert "step-00000002 could not be written (No space left for the rest)" in printed
     for kind in ("plain", "average"):
-        for checkpoint, step in (("best", 6), ("last", STEPS)):
-            got, at = load_run(fsdp[kind].folder, checkpoint, torch.device("cpu"))
-            expected, _ = load_run(ddp[kind].folder, checkpoint, torch.device("cpu"))
+        for which, step in (("best", 6), ("last", STEPS)):
+            got, at = load_run(fsdp[kind].folder, which, torch.device("cpu"))
+            expected, _ = load_run(ddp[kind].folder, which, torch.device("cpu"))
             assert at == step
             assert_close(got.state_dict(), expected.state_dict())
+
+    for shard in ("shard-00001-model-00001-of-00001", "shard-00002-model-00001-of-00001"):
+        bits = [
+            load_file(run.folder / f"checkpoints/step-00000007/{shard}.safetensors")
+            for run in (fsdp["parts"], stopped[0])
+        ]
+        torch.testing.assert_close(*bits, rtol=0, atol=0)
 
     flip_a_bit(fsdp["average"].folder / "checkpoints/step-00000007/shard-00002-model-00001-of-00001.safetensors")
     with pytest.raises(RuntimeError, match="checksum of shard-00002"):
@@ -147,7 +178,8 @@ def test_fsdp_trains_as_ddp_and_keeps_checkpoints_in_parts(tiny_config: TrainCon
         for name, config in (("ddp", ddp["average"]), ("fsdp", fsdp["average"]))
     }
     printed = launch(list(longer.values()), tmp_path)
-    assert "step-00000007 cannot be read" in printed
+    assert "step-00000007 cannot be read (the checksum of shard-00002" in printed
+    assert "step-00000006 cannot be read (Stale file handle" in printed  # on one rank
     assert_alike(*longer.values())
     for config in longer.values():  # one process goes on with what two have left
         train(replace(config, loop=replace(config.loop, max_steps=None)))
