@@ -13,12 +13,10 @@ import argparse
 import contextlib
 import functools
 import itertools
-import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -307,17 +305,15 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def rows(cases: Iterable[AnyCase]) -> Iterator[Row]:
-    """One row for every kernel of every case; compiled on all cores, since the compiler releases Python's lock."""
-    wanted = [(case, launch) for case in cases for launch in launches(case)]
-    once = dict.fromkeys((launch, case.arch) for case, launch in wanted)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = dict(zip(once, pool.map(lambda each: compiled(*each), once), strict=True))
-    for case, launch in wanted:
-        size = case.size + ("" if case.table is None else " (default)")
-        yield Row(
-            launch.kernel.__name__, case.arch, case.dtype, case.D, size, case.options, launch.tile,
-            *astuple(found[launch, case.arch]),
-        )  # fmt: skip
+    """One row for every kernel of every case; one at a time: Python 3.11 cannot parse in several threads."""
+    for case in cases:
+        for launch in launches(case):
+            resources = compiled(launch, case.arch)
+            size = case.size + ("" if case.table is None else " (default)")
+            yield Row(
+                launch.kernel.__name__, case.arch, case.dtype, case.D, size, case.options, launch.tile,
+                *astuple(resources),
+            )  # fmt: skip
 
 
 def views_cases() -> list[ViewsCase]:
