@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import math
 import os
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -71,11 +73,17 @@ def stop_requests() -> Iterator[StopRequest]:
 def watchdog(seconds: float) -> Iterator[Callable[[], None]]:
     """What is given has to be called more often than every so many seconds; else all stacks are written, and an end.
 
-    A rank that waits for one which hangs ends likewise; torchrun then ends the others.
+    It may end a twentieth earlier, counted from the last call. A rank that waits for one which hangs ends likewise;
+    torchrun then ends the others.
     """
 
+    wound = -math.inf
+
     def still_alive() -> None:
-        if seconds:
+        nonlocal wound
+        now = time.monotonic()
+        if seconds and now - wound > seconds / 20:  # a thread is started each time: 1 ms
+            wound = now
             faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
 
     try:

@@ -160,6 +160,7 @@ class Trainer:
         self.parallel = StepModel(self.model, self.average, config.loop, self.device, dtype, self.say)
         compile_loss(self.objective, config.loop)
         self.optimizer = build_optimizer(config.optim, self.model)
+        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.loss_scale = LossScale(self.device) if self.autocast_name == "fp16" else None
         self.copies = DeviceCopies(self.device)
         self.evaluator = Evaluator(config, self.tokenizer)
@@ -315,7 +316,7 @@ class Trainer:
         scale; a loss that is not finite, or a scale below 1, is as bad as ever. Adds ``grad_norm`` (before clipping)
         and ``loss_scale`` to the metrics.
         """
-        norm = whole_tensor(nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
+        norm = whole_tensor(nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None]))
         loss, scale = metrics["loss"], None
         skipped = bad = ~torch.isfinite(loss + norm)
         if self.loss_scale is not None:
