@@ -137,14 +137,25 @@ class CheckpointFolder:
         name = f"step-{state['step']:08d}"
         if self.sharded is not None:
             assert tensors is not None
-            if best:  # first: a kill in between only has the evaluation done again
-                self.sharded.together(lambda: _link(self.folder / "best", name) if is_main() else None)
+            if best:  # first, where the weights are there: a kill in between only has the evaluation done again
+                self.sharded.together(partial(self._link_best, name))
             self.sharded.write(self.folder / name, tensors, lambda path: torch.save(state, path))
+            if best:
+                self.sharded.together(partial(self._link_best, name))
         else:
             for target in [*([self.folder / "best.pt"] if best else []), self.folder / f"{name}.pt"]:
                 _write_file(state, target)
         if self.sharded is None or is_main():
             self._remove_old()
+
+    def _link_best(self, name: str) -> None:
+        """On the main rank: have ``best`` lead to this checkpoint, if it is there, whatever it led to before."""
+        if not is_main() or not (self.folder / name).is_dir():
+            return
+        temporary = self.folder / f".best.{os.getpid()}.tmp"
+        temporary.unlink(missing_ok=True)
+        os.symlink(name, temporary)
+        os.replace(temporary, self.folder / "best")
 
     def _remove_old(self) -> None:
         best = (self.folder / "best").resolve()
@@ -203,14 +214,6 @@ def _write_file(state: dict[str, Any], target: Path) -> None:
         free = shutil.disk_usage(target.parent).free / 2**20 if target.parent.is_dir() else 0.0
         reason = str(error).splitlines()[0]
         raise Failed(f"{target} could not be written ({reason}; {free:.1f} MiB are free there)") from error
-
-
-def _link(path: Path, target: str) -> None:
-    """Have ``path`` lead to ``target``, whatever it led to before."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    os.symlink(target, temporary)
-    os.replace(temporary, path)
 
 
 def _on_host(value: Any) -> Any:

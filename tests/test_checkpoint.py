@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from rocket_fast.checkpoint import CheckpointFolder, load_checkpoint
+from rocket_fast.errors import Failed
 from rocket_fast.files import write_atomically
+from rocket_fast.sharded import ShardedFolders
 
 
 def state(step: int) -> dict:
@@ -82,3 +84,30 @@ def test_another_format_is_named(tmp_path: Path):
     torch.save({"format_version": 0}, path)
     with pytest.raises(ValueError, match=r"format_version of .*: got 0, expected 2"):
         load_checkpoint(path)
+
+
+def test_folders_keep_the_best_of_before_where_a_better_one_cannot_be_written(tmp_path: Path, monkeypatch):
+    """A step's second checkpoint, with the same weights, leaves their file as it is."""
+    folder = CheckpointFolder(tmp_path, keep=1, sharded=ShardedFolders())
+    weights = {"model.weight": torch.arange(6.0).view(2, 3).t()}
+    folder.save({"step": 1, "score": None}, weights)
+    (shard,) = (tmp_path / "step-00000001").glob("shard-*")
+    written = shard.stat()
+    folder.save({"step": 1, "score": 0.5}, weights, best=True)
+    assert (shard.stat().st_ino, shard.stat().st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
+
+    def full(*arguments: object) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.distributed.checkpoint.HuggingFaceStorageWriter, "write_data", full)
+        with pytest.raises(Failed, match=r"step-00000002 could not be written \(OSError: No space left"):
+            folder.save({"step": 2, "score": 0.6}, weights, best=True)
+    assert sorted(os.listdir(tmp_path)) == ["best", "step-00000001"]
+    best = load_checkpoint(folder.best_path)
+    assert (best["step"], best["score"]) == (1, 0.5)
+    assert torch.equal(best["model"]["weight"], weights["model.weight"])
+    folder.save({"step": 2, "score": 0.6}, weights, best=True)
+    assert sorted(os.listdir(tmp_path)) == ["best", "step-00000002"]
+    assert load_checkpoint(folder.best_path)["score"] == 0.6
+    folder.close()

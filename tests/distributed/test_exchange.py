@@ -6,9 +6,7 @@ All ranks of all cases are four processes started once, which form groups of one
 from __future__ import annotations
 
 import contextlib
-import subprocess
 import sys
-import time
 import unittest.mock
 from collections.abc import Callable
 from datetime import timedelta
@@ -20,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from process_support import ranks_of
 from torch import Tensor, nn
 
 from rocket_fast import distributed, exchange, own_rows
@@ -354,16 +353,10 @@ def run_rank(rank: int, folder: Path) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
     """What every process computed, by case."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, __file__]
-    processes = [subprocess.Popen([*command, str(rank), str(folder)]) for rank in range(max(map(len, SIZES)))]
-    try:
-        while None in (ended := [process.poll() for process in processes]) and not any(ended):
-            time.sleep(0.05)  # one that fails must not leave the others waiting for it
-        assert ended == [0] * len(processes)
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(len(processes))]
+    count = max(map(len, SIZES))
+    with ranks_of(__file__, count, folder):
+        pass
+    return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
 
 
 def of_case(ranks: list[dict[str, Any]], sizes: tuple[int, ...], result: str) -> list[Any]:

@@ -9,8 +9,10 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -107,83 +109,108 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
-@pytest.mark.slow
-@pytest.mark.system
-def test_fsdp_trains_as_ddp_and_keeps_checkpoints_in_parts(tiny_config: TrainConfig, tmp_path: Path):
-    vision = ViTConfig(image_size=16, patch_size=8, width=16, layers=2, heads=2)
-    model = replace(tiny_config.model, vision=vision)
-    loop = replace(tiny_config.loop, max_steps=STEPS, checkpoint_every=2, keep_checkpoints=3, keep_every=2)
-    base = replace(tiny_config, model=model, loop=loop, optim=replace(tiny_config.optim, clip_norm=20.0))
-    kinds = {
+@dataclass(frozen=True)
+class Launched:
+    """What two ranks trained: of every kind DDP's run and FSDP2's, and one of FSDP2 that was stopped and continued."""
+
+    folder: Path
+    ddp: dict[str, TrainConfig]
+    fsdp: dict[str, TrainConfig]
+    stopped: TrainConfig
+    printed: str
+
+
+def kinds(base: TrainConfig) -> dict[str, TrainConfig]:
+    """Plain; in micro-batches, with a loss whose scales differ in gradients by rank; averaged; compiled, in bf16."""
+    model = replace(base.model, vision=ViTConfig(image_size=16, patch_size=8, width=16, layers=2, heads=2))
+    loop = replace(base.loop, max_steps=STEPS, checkpoint_every=2, keep_checkpoints=3, keep_every=2)
+    base = replace(base, model=model, loop=loop, optim=replace(base.optim, clip_norm=20.0))
+    parts = replace(base, loss=replace(base.loss, exchange="one_sided"), eval=EvalConfig())
+    byolip = replace(model, companion=BYOLIPConfig(hidden=24, out=8, predictor_hidden=24))
+    return {
         "plain": base,
-        "parts": replace(
-            base,
-            loop=replace(loop, accumulation=2),
-            loss=replace(base.loss, exchange="one_sided"),
-            eval=EvalConfig(),
-        ),
-        "average": replace(
-            base,
-            model=replace(model, companion=BYOLIPConfig(hidden=24, out=8, predictor_hidden=24)),
-            loop=replace(loop, weight_average=0.9),
-        ),
+        "parts": replace(parts, loop=replace(loop, accumulation=2)),
+        "average": replace(base, model=byolip, loop=replace(loop, weight_average=0.9)),
         "narrow": replace(base, loop=replace(loop, precision="bf16", compile="towers"), eval=EvalConfig()),
     }
-    ddp = {kind: replace(config, name=f"ddp-{kind}") for kind, config in kinds.items()}
-    fsdp = {
-        kind: replace(config, name=f"fsdp-{kind}", loop=replace(config.loop, parallel="fsdp"))
-        for kind, config in kinds.items()
-    }
-    stopped = [
-        replace(fsdp["parts"], name="fsdp-stopped", loop=replace(fsdp["parts"].loop, max_steps=steps))
-        for steps in (3, STEPS)
-    ]
-    printed = launch([*ddp.values(), *fsdp.values(), *stopped], tmp_path)
-    for kind in kinds:
-        assert_alike(ddp[kind], fsdp[kind], precision=0.02 if kind == "narrow" else 1e-4)
-    for rank in (0, 1):
-        numbers = json.loads((tmp_path / f"held-{rank}.json").read_text())
-        for kind in kinds:
-            own, whole = numbers[f"fsdp-{kind}"]
-            assert numbers[f"ddp-{kind}"][0] == whole
-            assert own < 0.52 * whole
 
+
+def with_loop(config: TrainConfig, name: str, **changes: Any) -> TrainConfig:
+    return replace(config, name=name, loop=replace(config.loop, **changes))
+
+
+@pytest.fixture(scope="module")
+def launched(tiny_config_in: Callable[[Path], TrainConfig], tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    folder = tmp_path_factory.mktemp("parallel")
+    made = kinds(tiny_config_in(folder))
+    ddp = {kind: replace(config, name=f"ddp-{kind}") for kind, config in made.items()}
+    fsdp = {kind: with_loop(config, f"fsdp-{kind}", parallel="fsdp") for kind, config in made.items()}
+    stopped = [with_loop(fsdp["parts"], "fsdp-stopped", max_steps=steps) for steps in (3, STEPS)]
+    printed = launch([*ddp.values(), *fsdp.values(), *stopped], folder)
+    return Launched(folder, ddp, fsdp, stopped[1], printed)
+
+
+@pytest.mark.slow
+@pytest.mark.system
+@pytest.mark.parametrize("kind", ["plain", "parts", "average", "narrow"])
+def test_fsdp_trains_as_ddp_and_holds_half(launched: Launched, kind: str):
+    assert_alike(launched.ddp[kind], launched.fsdp[kind], precision=0.02 if kind == "narrow" else 1e-4)
+    for rank in (0, 1):
+        numbers = json.loads((launched.folder / f"held-{rank}.json").read_text())
+        own, whole = numbers[f"fsdp-{kind}"]
+        assert numbers[f"ddp-{kind}"][0] == whole
+        assert own < 0.52 * whole
+
+
+@pytest.mark.slow
+@pytest.mark.system
+def test_a_rank_that_cannot_write_costs_a_checkpoint_and_leaves_no_half_of_one(launched: Launched):
     def saved(kind: str) -> list[str]:
-        return sorted(path.name for path in (fsdp[kind].folder / "checkpoints").iterdir())
+        return sorted(path.name for path in (launched.fsdp[kind].folder / "checkpoints").iterdir())
 
     steps = [f"step-{step:08d}" for step in (2, 4, 6, 7)]
     assert saved("plain") == ["best", *steps]
-    assert saved("parts") == [step for step in steps if "4" not in step]  # and no half of one
-    assert "step-00000004 could not be written (OSError: No space left on device)" in printed
-    assert "step-00000002 could not be written (No space left for the rest)" in printed
-    for kind in ("plain", "average"):
-        for which, step in (("best", 6), ("last", STEPS)):
-            got, at = load_run(fsdp[kind].folder, which, torch.device("cpu"))
-            expected, _ = load_run(ddp[kind].folder, which, torch.device("cpu"))
-            assert at == step
-            assert_close(got.state_dict(), expected.state_dict())
+    assert saved("parts") == [step for step in steps if "4" not in step]
+    assert "step-00000004 could not be written (OSError: No space left on device)" in launched.printed
+    assert "step-00000002 could not be written (No space left for the rest)" in launched.printed
 
-    for shard in ("shard-00001-model-00001-of-00001", "shard-00002-model-00001-of-00001"):
-        bits = [
-            load_file(run.folder / f"checkpoints/step-00000007/{shard}.safetensors")
-            for run in (fsdp["parts"], stopped[0])
-        ]
+
+@pytest.mark.slow
+@pytest.mark.system
+@pytest.mark.parametrize("kind", ["plain", "average"])
+@pytest.mark.parametrize(("which", "step"), [("best", 6), ("last", STEPS)])
+def test_parts_are_read_as_a_whole(launched: Launched, kind: str, which: Any, step: int):
+    got, at = load_run(launched.fsdp[kind].folder, which, torch.device("cpu"))
+    expected, _ = load_run(launched.ddp[kind].folder, which, torch.device("cpu"))
+    assert at == step
+    assert_close(got.state_dict(), expected.state_dict())
+
+
+@pytest.mark.slow
+@pytest.mark.system
+def test_a_stopped_run_continues_bit_for_bit(launched: Launched):
+    for shard in (1, 2):
+        name = f"checkpoints/step-00000007/shard-0000{shard}-model-00001-of-00001.safetensors"
+        bits = [load_file(run.folder / name) for run in (launched.fsdp["parts"], launched.stopped)]
         torch.testing.assert_close(*bits, rtol=0, atol=0)
 
-    flip_a_bit(fsdp["average"].folder / "checkpoints/step-00000007/shard-00002-model-00001-of-00001.safetensors")
+
+@pytest.mark.slow
+@pytest.mark.system
+def test_what_is_damaged_is_passed_over_and_one_process_continues_what_two_left(launched: Launched):
+    """Last in this file: it changes the runs."""
+    newest = launched.fsdp["average"].folder / "checkpoints/step-00000007"
+    flip_a_bit(newest / "shard-00002-model-00001-of-00001.safetensors")
     with pytest.raises(RuntimeError, match="checksum of shard-00002"):
-        load_checkpoint(fsdp["average"].folder / "checkpoints/step-00000007")
-    longer = {
-        name: replace(config, loop=replace(config.loop, max_steps=9))
-        for name, config in (("ddp", ddp["average"]), ("fsdp", fsdp["average"]))
-    }
-    printed = launch(list(longer.values()), tmp_path)
+        load_checkpoint(newest)
+    longer = [with_loop(runs["average"], runs["average"].name, max_steps=9) for runs in (launched.ddp, launched.fsdp)]
+    printed = launch(longer, launched.folder)
     assert "step-00000007 cannot be read (the checksum of shard-00002" in printed
     assert "step-00000006 cannot be read (Stale file handle" in printed  # on one rank
-    assert_alike(*longer.values())
-    for config in longer.values():  # one process goes on with what two have left
-        train(replace(config, loop=replace(config.loop, max_steps=None)))
-    assert_alike(*longer.values())
+    assert_alike(*longer)
+    for config in longer:
+        train(with_loop(config, config.name, max_steps=None))
+    assert_alike(*longer)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,7 @@ Run as a script, this file is a rank: three processes, started once, form groups
 
 from __future__ import annotations
 
-import subprocess
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from process_support import ranks_of
 from torch import Tensor, nn
 
 from rocket_fast.kernels.projector import batch_norm_relu, batch_norm_relu_linear
@@ -112,16 +111,10 @@ def run_rank(rank: int, folder: Path) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
     """What every process computed, by case."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, __file__]
-    processes = [subprocess.Popen([*command, str(rank), str(folder)]) for rank in range(max(map(len, SIZES)))]
-    try:
-        while None in (ended := [process.poll() for process in processes]) and not any(ended):
-            time.sleep(0.05)  # one that fails must not leave the others waiting for it
-        assert ended == [0] * len(processes)
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(len(processes))]
+    count = max(map(len, SIZES))
+    with ranks_of(__file__, count, folder):
+        pass
+    return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float, name: str) -> None:

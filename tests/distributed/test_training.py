@@ -10,9 +10,7 @@ import dataclasses
 import itertools
 import json
 import re
-import subprocess
 import sys
-import time
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from process_support import ranks_of
 from torch import Tensor
 
 from rocket_fast import distributed
@@ -257,10 +256,9 @@ def outcomes(
     """What each process got; and, of the matrix's cases, what one process gets."""
     folder = tmp_path_factory.mktemp("processes")
     (folder / "configs.json").write_text(json.dumps({name: to_plain(c) for name, c in (configs | runs).items()}))
-    command, threads = [sys.executable, __file__], torch.get_num_threads()
+    count, threads = max(WORLDS), torch.get_num_threads()
     whole = {name: alone(config) for name, config in configs.items()}  # compiles for all processes
-    processes = [subprocess.Popen([*command, str(number), str(folder)]) for number in range(max(WORLDS))]
-    try:
+    with ranks_of(__file__, count, folder):
         expected = {}
         for world, parts, name in CASES:
             # Batch norm takes each micro-batch's own statistics, over all ranks.
@@ -268,13 +266,7 @@ def outcomes(
             own = alone(configs[name], partition(world, parts)) if norm else whole[name]
             expected[world, parts, name] = own
         torch.set_num_threads(threads)
-        while None in (ended := [process.poll() for process in processes]) and not any(ended):
-            time.sleep(0.05)  # one that fails must not leave the others waiting for it
-        assert ended == [0] * len(processes)
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"{number}.pt") for number in range(len(processes))], expected
+    return [torch.load(folder / f"{number}.pt") for number in range(count)], expected
 
 
 @pytest.mark.system
