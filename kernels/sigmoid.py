@@ -83,7 +83,8 @@ def scaled_gradient(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Ten
     """``factor * gradient`` in a dtype, where gradients were made with the value: in a backward, ``factor`` being its.
 
     A backward that makes a graph (create_graph=True) gets one that refuses to be gone through: nothing else would tell
-    that the gradient depends on inputs which nobody kept.
+    that the gradient depends on inputs which nobody kept. ``autograd.grad`` towards inputs alone does not go there: it
+    says that they are not used, or, where they are in another way as well, gives that way's part.
     """
     if torch.is_grad_enabled() and not factor.requires_grad:
         factor = factor.detach().requires_grad_()
