@@ -121,11 +121,8 @@ def test_zero_vectors_normalise_as_torch_does() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
 @pytest.mark.parametrize("shape", [(65, 65, 24), (200, 200, 513), (900, 1000, 512)], ids=str)
-def test_error_is_about_eager_torchs_at_most(dtype: torch.dtype, scale: float, shape: tuple[int, int, int]) -> None:
-    """Against float64 on the same rounded inputs; the eager loss in the inputs' dtype is what people have now.
-
-    Products sum in an order that depends on the processor: no larger on Intel's, up to 1.31 times as large on a Zen 3.
-    """
+def test_error_is_no_larger_than_eager_torch(dtype: torch.dtype, scale: float, shape: tuple[int, int, int]) -> None:
+    """Against float64 on the same rounded inputs; the eager loss in the inputs' dtype is what people have now."""
     n, m, d = shape
     image = F.normalize(random(n, d), dim=1).to(dtype)
     text = F.normalize(random(m, d, seed=1)[:m] + torch.cat([image.double(), image.double()])[:m], dim=1).to(dtype)
@@ -149,7 +146,7 @@ def test_error_is_about_eager_torchs_at_most(dtype: torch.dtype, scale: float, s
         error, peer = ((x[name].double() - value).norm() / value.norm() for x in (ours, peers))
         # Single roundings are nobody's fault; those of the scale's gradient, a difference of sums, weigh more.
         allowed = 1e-6 if name == "d_scale" else 5e-7
-        assert error <= max(1.5 * peer, allowed, torch.finfo(ours[name].dtype).eps / 2), name
+        assert error <= max(1.1 * peer, allowed, torch.finfo(ours[name].dtype).eps / 2), name
 
 
 def test_large_logits_neither_overflow_nor_vanish() -> None:
