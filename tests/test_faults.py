@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -33,16 +34,16 @@ from rocket_fast.trainer import Trainer, train
 
 # --- killed at any moment ---------------------------------------------------------------------------------------------
 
-KILLS = 20
 SERVER = """
 import contextlib, importlib, json, os, sys
 from rocket_fast import presets
 from rocket_fast.__main__ import main
 from rocket_fast.config import from_plain
 
-def start(name):
+def start(name, environment):
     if child := os.fork():
         return child
+    os.environ.update(environment)
     for descriptor, file in ((1, name + ".out"), (2, name + ".err")):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     status = 1
@@ -57,11 +58,12 @@ for line in sys.stdin:
     order, argument = json.loads(line)
     answer = None
     if order == "start":
-        child = start(argument)
+        children = [start(*each) for each in argument]
     elif order == "signal":
-        os.kill(child, argument)  # not waited for yet, so its number is still its own
+        for child in children:
+            os.kill(child, argument)  # not waited for yet, so its number is still its own
     elif order == "wait":
-        answer = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        answer = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     elif order == "import":  # what one has imported, the next ones find imported
         for module in json.load(open(argument + ".modules")):
             with contextlib.suppress(Exception):
@@ -80,29 +82,47 @@ class Lives:
         self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def order(self, order: str, argument: object = None) -> Any:
-        """Have the process do something: ``start`` a name, ``signal`` a number, ``wait`` for the exit status."""
+        """Have the process do something: ``start`` names, ``signal`` a number, ``wait`` for each one's exit status."""
         assert self.server.stdin is not None
         assert self.server.stdout is not None
         self.server.stdin.write(json.dumps([order, argument]) + "\n")
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())
 
-    def start(self, config: TrainConfig) -> None:
-        """Begin to train."""
+    def start(self, config: TrainConfig, ranks: int = 1) -> None:
+        """Begin to train, in so many processes, which are told what torchrun tells."""
         name = str(self.folder / config.name)
         Path(f"{name}.json").write_text(json.dumps(to_plain(config)))
-        self.order("start", name)
+        environments: list[dict[str, str]] = [{}]
+        if ranks > 1:
+            shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+            environments = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+        self.order("start", [(name, each) for each in environments])
 
-    def whole(self, config: TrainConfig) -> float:
+    def whole(self, config: TrainConfig, ranks: int = 1) -> float:
         """Train to the end; how many seconds that took."""
         began = time.monotonic()
-        self.start(config)
-        assert self.order("wait") == 0, self.errors(config)
+        self.start(config, ranks)
+        assert self.order("wait") == [0] * ranks, self.errors(config)
         return time.monotonic() - began
+
+    def is_killed_after(self, seconds: float, config: TrainConfig) -> bool:
+        """Kill what was started after so many seconds; whether it had not ended by then."""
+        time.sleep(seconds)
+        self.order("signal", signal.SIGKILL)
+        status = set(self.order("wait"))
+        assert status <= {0, -signal.SIGKILL}, self.errors(config)
+        return status != {0}
 
     def errors(self, config: TrainConfig) -> str:
         """What was written to stderr."""
         return (self.folder / f"{config.name}.err").read_text()
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +148,7 @@ def require_whole(config: TrainConfig) -> int:
     """Every file that has its final name can be read; the step of the newest checkpoint, 0 without one."""
     folder = config.folder
     newest = 0
-    for path in (folder / "checkpoints").glob("*.pt"):
+    for path in (folder / "checkpoints").glob("[!.]*"):
         step = load_checkpoint(path)["step"]
         newest = max(newest, step if path.name.startswith("step-") else 0)
     for path in folder.glob("*.json"):
@@ -140,34 +160,33 @@ def require_whole(config: TrainConfig) -> int:
 
 @pytest.mark.system
 @pytest.mark.slow
-def test_killed_at_twenty_random_moments_a_run_ends_with_the_same_weights(tiny_config: TrainConfig, lives: Lives):
+@pytest.mark.parametrize(("ranks", "kills"), [(1, 20), (2, 5)], ids=["one process", "FSDP2"])
+def test_killed_at_random_moments_a_run_ends_with_the_same_weights(
+    tiny_config: TrainConfig, lives: Lives, ranks: int, kills: int
+):
     """SIGKILL while it starts, steps, saves, evaluates, or ends: nothing is lost but steps since the last save."""
     seed = time.time_ns()
     print(f"seed of the moments: {seed}")
     rng, every = random.Random(seed), 3
-    base = replace(
-        tiny_config,
-        data=replace(tiny_config.data, batch_size=8, workers=1),
-        loop=replace(tiny_config.loop, epochs=10, checkpoint_every=every, eval_every_epochs=4, weight_average=0.9),
-    )
+    loop = replace(tiny_config.loop, epochs=10, checkpoint_every=every, eval_every_epochs=2, weight_average=0.9)
+    base = replace(tiny_config, data=replace(tiny_config.data, batch_size=8, workers=1), loop=loop)
+    if ranks > 1:  # a tower without batch norm, whose statistics take many exchanges
+        vision = ViTConfig(image_size=16, patch_size=8, width=16, layers=2, heads=2)
+        base = replace(base, model=replace(base.model, vision=vision), loop=replace(loop, epochs=3, parallel="fsdp"))
     whole, killed = replace(base, name="whole"), replace(base, name="killed")
-    start = lives.whole(replace(base, name="start", loop=replace(base.loop, max_steps=1)))
-    took = lives.whole(whole)
-    saved, kills = 0, []
-    while len(kills) < KILLS:
-        seconds = rng.uniform(0, 2 * (start + took / KILLS))  # so that they spread over the whole run
-        lives.start(killed)
-        time.sleep(seconds)
-        lives.order("signal", signal.SIGKILL)
-        status = lives.order("wait")
-        assert status in (0, -signal.SIGKILL), lives.errors(killed)
-        kills += [round(seconds, 3)] * (status != 0)
+    start = lives.whole(replace(base, name="start", loop=replace(base.loop, max_steps=1)), ranks)
+    took = lives.whole(whole, ranks)
+    saved, lived = 0, []
+    while len(lived) < kills:
+        seconds = rng.uniform(0, 2 * (start + took / kills))  # so that they spread over the whole run
+        lives.start(killed, ranks)
+        lived += [round(seconds, 3)] * lives.is_killed_after(seconds, killed)
         before, saved = saved, require_whole(killed)
         last = max((record["step"] for record in logged_steps(killed)), default=0)
-        assert saved >= before, (seed, kills)
-        assert last - saved <= 2 * every, (seed, kills)  # a checkpoint may be being written while steps go on
-    lives.whole(killed)
-    assert_same_run(whole, killed, f"seed {seed}, killed after {kills} s")
+        assert saved >= before, (seed, lived)
+        assert last - saved <= 2 * every, (seed, lived)  # a checkpoint may be being written while steps go on
+    lives.whole(killed, ranks)
+    assert_same_run(whole, killed, f"seed {seed}, killed after {lived} s")
     told = (lives.folder / "killed.out").read_text()
     assert "cannot be read" not in told, told
 
@@ -178,15 +197,14 @@ def assert_same_run(whole: TrainConfig, other: TrainConfig, where: str) -> None:
     assert losses[0] == losses[1], where
     names = [sorted(p.relative_to(c.folder) for p in c.folder.rglob("*") if p.is_file()) for c in (whole, other)]
     assert names[0] == names[1], where
-    weights = [(config.folder / "weights.safetensors").read_bytes() for config in (whole, other)]
-    assert weights[0] == weights[1], where
+    for name in [name for name in names[0] if name.suffix == ".safetensors"]:  # of FSDP2, all of a rank's tensors
+        weights = [load_file(config.folder / name) for config in (whole, other)]
+        torch.testing.assert_close(*weights, rtol=0, atol=0, msg=lambda m, n=name: f"{n}, {where}: {m}")
     for name in [name for name in names[0] if name.suffix == ".pt"]:
         states = [load_checkpoint(config.folder / name) for config in (whole, other)]
-        for part in ("model", "average"):
-            tensors = [state.pop(part) for state in states]
+        optimizers = [state.pop("optimizer", {"state": {}})["state"] for state in states]
+        for tensors in (optimizers, *([state.pop(part, None) for state in states] for part in ("model", "average"))):
             torch.testing.assert_close(*tensors, rtol=0, atol=0, msg=lambda m, n=name: f"{n}, {where}: {m}")
-        optimizers = [state.pop("optimizer")["state"] for state in states]
-        torch.testing.assert_close(*optimizers, rtol=0, atol=0, msg=lambda m, n=name: f"{n}, {where}: {m}")
         for state in states:
             del state["config"]  # which names the run
         assert states[0] == states[1], (name, where)
@@ -208,7 +226,7 @@ def test_a_command_that_is_to_end_in_thirty_seconds_saves_and_exits_with_128_plu
     for _ in range(2):  # launchers often send it twice
         lives.order("signal", signal.SIGTERM)
     began = time.monotonic()
-    assert lives.order("wait") == 128 + signal.SIGTERM, lives.errors(config)
+    assert lives.order("wait") == [128 + signal.SIGTERM], lives.errors(config)
     assert time.monotonic() - began < 30
     assert "stopped and saved at step" in lives.errors(config)
     assert require_whole(config) == logged_steps(config)[-1]["step"] >= 3
