@@ -110,7 +110,9 @@ class ShardSet:
         self.skipped: Counter[str] = sum((source.skipped for source in self.sources), Counter())
         counts = [len(source) for source in self.sources]
         self._ends = np.cumsum(counts).tolist()  # a list: numpy takes 10 us to find a place in an array
-        wanted = "an image" if caption == "none" else f"image and .{caption} (data.captions says which)"
+        wanted = "an image" if caption == "none" else f"image and .{caption}"
+        if caption == "json":
+            wanted += " (data.captions = several asks for it; txt for a .txt)"
         expected = f"at least one sample with {wanted}, but there are none; left out: {dict(self.skipped)}"
         require(len(self) > 0, field, tuple(patterns), expected)
         names = [source.name for source in self.sources]

@@ -49,7 +49,11 @@ def dispatch(arguments: list[str]) -> None:
             arguments[1:],
             "rocket-fast data",
         )
-    tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog=prog, config=(tyro.conf.AvoidSubcommands,))
+    if arguments and arguments[0] in commands:  # by itself, so that errors name the option and the command's own help
+        prog = f"{prog} {arguments[0]}"
+        tyro.cli(commands[arguments[0]], args=arguments[1:], prog=prog, config=(tyro.conf.AvoidSubcommands,))
+    else:
+        tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog=prog, config=(tyro.conf.AvoidSubcommands,))
 
 
 def _chosen_preset(arguments: list[str]) -> str:
@@ -78,7 +82,8 @@ def _train_command(arguments: list[str], act: Callable[[TrainConfig, bool], Any]
 
         Args:
             preset: Which recipe to start from; `rocket-fast presets` lists them.
-            resume: Continue the run that the folder holds; otherwise refuse to touch it.
+            resume: Continue the run that the folder holds, with the same recipe; otherwise refuse to touch it. What
+                does not change its result may differ: data.workers, loop.max_steps, loop.log_every, loop.track ...
             config: The recipe.
         """
         return act(config, resume)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -60,7 +60,9 @@ class StepModel:
                     _shard(cast(DualEncoder, each), mesh, dtype)
         elif world_size() > 1:
             # Not static_graph: torch then does not find the tensors of a dataclass, and averages no gradients (2.14).
-            self._called = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            # Parameters without gradients are not looked for in any case, nor is a reentrant checkpoint ever used.
+            options: dict[str, Any] = {"bucket_cap_mb": loop.bucket_mib, "gradient_as_bucket_view": True}
+            self._called = DistributedDataParallel(model, **options)
 
     def __call__(
         self, images: tuple[Tensor, ...], texts: tuple[PackedText, ...], unpaired: tuple[Tensor, ...] = ()

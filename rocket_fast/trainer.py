@@ -599,7 +599,8 @@ def _check_folder(config: TrainConfig, checkpoints: CheckpointFolder, *, resume:
         return
     require(resume, "out/name", str(config.folder), "a folder without a run in it, or --resume to continue this one")
     changed = [d for d in differences(load_config(config.folder), config) if d.split(":")[0] not in FREE_FIELDS]
-    require(not changed, "config", changed, f"what {config.folder} was started with, or another --name for a new run")
+    free = f"but for {', '.join(FREE_FIELDS)}"
+    require(not changed, "config", changed, f"what {config.folder} was started with {free}; or another --name")
 
 
 def _record_run(config: TrainConfig) -> None:

@@ -98,7 +98,8 @@ def test_a_bad_value_names_the_option(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--preset", "demo", "--optim.lr", "-1"])
     error = re.sub(r"[│\s]+", " ", capsys.readouterr().err)
-    assert "optim.lr: got -1.0, expected a positive number" in error
+    assert "Error parsing config.optim: optim.lr: got -1.0, expected a positive number" in error
+    assert "see rocket-fast train --help" in error  # not that of all commands
 
 
 def test_missing_data_is_one_line_with_the_remedy(capsys, tmp_path: Path, monkeypatch):

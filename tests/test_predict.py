@@ -20,7 +20,6 @@ from rocket_fast.models.heads import BarLIPConfig, BYOLIPConfig, CompanionConfig
 from rocket_fast.models.text import TextConfig
 from rocket_fast.models.vision import TimmConfig, ViTConfig
 from rocket_fast.predict import (
-    BUCKET_BYTES,
     HOP_SECONDS,
     LINK,
     POLICIES,
@@ -268,10 +267,13 @@ def test_the_loss_over_devices_is_as_the_exchange_has_it(exchange: str, rows: in
 def test_gradients_hide_behind_the_backward_pass(large: Workload):
     machines = Machines(device=H100, count=16)
     sent = 2 * 15 / 16 * 4 * large.cost.parameters
-    buckets = -(-sent / 2 // BUCKET_BYTES)
+    buckets = -(-sent / 2 // (25 * 2**20))  # torch's default size
     whole = sent / (LINK * 8 * H100.network_link) + buckets * HOP_SECONDS * 4
     hidden, exposed = (predict(large, machines, batch) for batch in (4096, 16))
     assert seconds(hidden, "gradients' all-reduce") < whole / 10
+    wide = replace(large, config=replace(large.config, loop=replace(large.config.loop, bucket_mib=100)))
+    last = seconds(predict(wide, machines, 4096), "gradients' all-reduce")
+    assert 3 < last / seconds(hidden, "gradients' all-reduce") < 4  # fewer waits
     backward = 2 / 3 * seconds(exposed, "image tower", "text tower", "heads")
     assert seconds(exposed, "gradients' all-reduce") == pytest.approx(whole - backward)
     assert not seconds(predict(large, Machines(device=H100), 16), "gradients' all-reduce", "batch norms' sums")

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from rocket_fast import checkpoint, parallel, sharded
 from rocket_fast.checkpoint import load_checkpoint
 from rocket_fast.config import EvalConfig, TrainConfig, from_plain, to_plain
+from rocket_fast.models.clip import DualEncoder
 from rocket_fast.models.heads import BYOLIPConfig
 from rocket_fast.models.vision import ViTConfig
 from rocket_fast.trainer import Trainer, load_run, train
@@ -148,6 +149,15 @@ def launched(tiny_config_in: Callable[[Path], TrainConfig], tmp_path_factory: py
     stopped = [with_loop(fsdp["parts"], "fsdp-stopped", max_steps=steps) for steps in (3, STEPS)]
     printed = launch([*ddp.values(), *fsdp.values(), *stopped], folder)
     return Launched(folder, ddp, fsdp, stopped[1], printed)
+
+
+def test_ddp_averages_buckets_of_the_size_asked_for(tiny_config: TrainConfig, monkeypatch):
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(parallel, "DistributedDataParallel", lambda model, **options: asked.append(options))
+    model, loop = DualEncoder(tiny_config.model), replace(tiny_config.loop, bucket_mib=3.0)
+    parallel.StepModel(model, None, loop, torch.device("cpu"), torch.float32, print)
+    assert [options["bucket_cap_mb"] for options in asked] == [3.0]
 
 
 @pytest.mark.slow
