@@ -33,7 +33,7 @@ SPREAD = 16
 # Up to so many logits a second exponential costs no more than doing without, and is a digit's fraction more exact.
 SMALL = 512 * 512
 
-# Rows taken together where the diagonal crosses a tile, where rows are multiplied one by one, and where they are summed.
+# Rows taken together where the diagonal crosses a tile, where rows are multiplied one by one, where they are summed.
 CORNER, ROWS, SUM_ROWS = 128, 1024, 64
 
 # torch.nn.functional.normalize's lower bound of a norm.

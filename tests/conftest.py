@@ -8,11 +8,13 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # beside others: a core each, before torch counts them
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "yellow": (230, 220, 40)}
 SHAPES = ("square", "bar", "frame")
@@ -116,58 +118,11 @@ def tiny_config(tmp_path: Path, tiny_config_in: Callable[[Path], "TrainConfig"])
 
 # --- Triton's interpreter, which has to be chosen for a whole process -------------------------------------------------
 
-INTERPRETER_RUNS = pytest.StashKey["InterpreterRuns"]()
-
-
-class InterpreterRuns:
-    """Test files that run again under ``TRITON_INTERPRET=1``, one after the other, while this process tests others."""
-
-    def __init__(self) -> None:
-        self.runs: dict[Path, Future[tuple[int, str]]] = {}
-        self._pool, self._process, self._over = ThreadPoolExecutor(1), None, False
-
-    def start(self, path: Path) -> None:
-        self.runs[path] = self._pool.submit(self._run, path)
-
-    def _run(self, path: Path) -> tuple[int, str]:
-        if self._over:
-            return 1, "not run"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", str(path)]
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        said, _ = self._process.communicate()
-        return self._process.returncode, said
-
-    def stop(self) -> None:
-        self._over = True
-        if self._process is not None:
-            self._process.kill()
-        self._pool.shutdown()
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those that wait for the interpreter come last."""
-    items.sort(key=lambda item: item.get_closest_marker("interpreter") is not None)
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    if session.config.option.collectonly or os.environ.get("TRITON_INTERPRET") == "1":
-        return
-    runs = session.config.stash[INTERPRETER_RUNS] = InterpreterRuns()
-    for item in session.items:
-        if item.get_closest_marker("interpreter") is not None:
-            runs.start(item.path)
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    if INTERPRETER_RUNS in config.stash:
-        config.stash[INTERPRETER_RUNS].stop()
-
 
 @pytest.fixture
 def interpreted(request: pytest.FixtureRequest) -> tuple[int, str]:
-    """Exit status and output of the test's file under the interpreter; for tests with the mark ``interpreter``."""
-    return request.config.stash[INTERPRETER_RUNS].runs[request.path].result()
+    """Exit status and output of the quick tests of the test's file, once more under ``TRITON_INTERPRET=1``."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", str(request.path)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return done.returncode, done.stdout

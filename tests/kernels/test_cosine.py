@@ -22,7 +22,7 @@ BF16 = 2**-7 if INTERPRETED else 2**-8
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-6, torch.bfloat16: BF16, torch.float16: 5e-4}
 
 
-@pytest.mark.interpreter
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
 def test_in_the_interpreter(interpreted: tuple[int, str]) -> None:

@@ -31,7 +31,7 @@ PINNED = dict(kernels.CONFIGS)
 SIZES = [(1, 1), (1, 7), (7, 1), (5, 3), (16, 16), (19, 45), (48, 32)]
 
 
-@pytest.mark.interpreter
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
 def test_in_the_interpreter(interpreted: tuple[int, str]):
     """All of this file again, with the kernel run by Triton's interpreter on the CPU."""

@@ -24,7 +24,7 @@ MIB = 2**20
 ROUNDING = {FP32: 2**-23, BF16: 2**-8, FP16: 2**-11}
 
 
-@pytest.mark.interpreter
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
 def test_in_the_interpreter(interpreted: tuple[int, str]):
     """All of this file again, with the kernels run by Triton's interpreter on the CPU."""

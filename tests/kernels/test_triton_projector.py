@@ -24,7 +24,7 @@ SHAPES = [(2, 1), (5, 3), (40, 17), (130, 33)]
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
-@pytest.mark.interpreter
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
 def test_in_the_interpreter(interpreted: tuple[int, str]) -> None:
     """All of this file again, with the kernels run by Triton's interpreter on the CPU."""

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import subprocess
-import sys
 from typing import Any
 from unittest import mock
 
@@ -30,13 +28,12 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2**-7}
 ROOMY, TINY = 64.0, 1e-3  # MiB of workspace: one band and one chunk; several of both
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
-def test_in_the_interpreter() -> None:
+def test_in_the_interpreter(interpreted: tuple[int, str]) -> None:
     """All of this file again, with the kernels run by Triton's interpreter on the CPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    status, said = interpreted
+    assert status == 0, said[-10_000:]
 
 
 @pytest.fixture(autouse=True)

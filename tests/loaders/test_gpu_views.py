@@ -29,7 +29,7 @@ WARPED = replace(weak_view(12), rotate_degrees=20, shear_degrees=5, zoom_out=1.3
 SOLARIZED = replace(strong_view(16), solarize_prob=0.5, color_shift=0.2, color_matrix_std=0.2)
 
 
-@pytest.mark.interpreter
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
 def test_in_the_interpreter(interpreted: tuple[int, str]):
     """All of this file again, with the kernel run by Triton's interpreter on the CPU."""
