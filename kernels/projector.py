@@ -262,17 +262,17 @@ def _(*_: Any) -> None:
 
 
 def _over_ranks(mean_C: Tensor, squares_C: Tensor, rows: int, group: Group) -> tuple[Tensor, Tensor, Tensor]:
-    """Means, sums of squares about them and number of rows () of all ranks together; float64.
+    """Means, sums of squares about them and number of rows () of all ranks together; float64, in one collective.
 
-    Every rank's squares are moved to the common mean: exact whatever the ranks' means, and sizes.
+    Every rank's squares are moved to zero and back to the common mean, which costs ``2^-53 mean^2 / variance`` of the
+    variance: in float64 nothing that float32 sums would notice.
     """
-    parts = torch.cat([mean_C.double() * rows, mean_C.new_full((1,), rows, dtype=torch.float64)])
+    mean, width = mean_C.double(), mean_C.shape[0]
+    parts = torch.cat([mean * rows, squares_C + rows * mean.square(), mean.new_full((1,), rows)])
     dist.all_reduce(parts, group=group)
-    count = parts[-1]
-    mean = parts[:-1] / count
-    squares = squares_C.double() + rows * (mean_C.double() - mean).square()
-    dist.all_reduce(squares, group=group)
-    return mean, squares, count
+    sums, squares, count = parts[:width], parts[width:-1], parts[-1]
+    mean = sums / count
+    return mean, (squares - sums * mean).clamp_(min=0), count
 
 
 def _sums_over_ranks(sums_2C: Tensor, group: Group) -> Tensor:

@@ -499,7 +499,8 @@ def _gathers(workload: Workload, machines: Machines, compute: list[PartOfStep], 
 
 def _norm_sums(workload: Workload, machines: Machines, accumulation: int) -> list[PartOfStep]:
     norms = sum(part.batch_norms for part, _ in _parts(workload).values())
-    seconds = machines.sending(0.0, 2 * norms * accumulation)
+    passes = 2 if accumulation == 1 else 3 * accumulation  # forward and backward; in micro-batches forward once more
+    seconds = machines.sending(0.0, passes * norms)
     return [PartOfStep(name="batch norms' sums", seconds=seconds)] if norms else []
 
 
