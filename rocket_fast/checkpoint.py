@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rocket_fast.distributed import is_main
 from rocket_fast.errors import Failed, require
-from rocket_fast.files import write_atomically
+from rocket_fast.files import remove, write_atomically
 from rocket_fast.sharded import REST, ShardedFolders, names_in, read_whole
 
 FORMAT_VERSION = 2
@@ -164,7 +164,7 @@ class CheckpointFolder:
             if path.resolve() == best or (self.keep_every is not None and step % self.keep_every == 0):
                 continue
             try:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                remove(path)
             except OSError as error:  # of no importance to the run
                 self.report(f"{path} could not be removed ({error})")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -55,9 +56,10 @@ class LoopConfig:
     parallel: Parallel = "ddp"
     """How several processes hold the model: ddp, whole in each; fsdp, parameters, gradients and AdamW's moments in
     parts (FSDP2; with accumulation gradients are whole), for towers that do not fit otherwise."""
-    bucket_mib: float = 25.0
-    """MiB of gradients that ddp averages over processes at once, beside the rest of the backward pass. Larger buckets
-    wait less often for a slow network, but nothing hides the last one (`rocket-fast plan` predicts both)."""
+    bucket_mib: float | None = None
+    """MiB of gradients that ddp averages over processes at once, beside the rest of the backward pass; None is torch's,
+    1 and then 25. Larger buckets wait less often for a slow network, but nothing hides the last one (`rocket-fast plan`
+    predicts both)."""
     compile: Compile = "off"
     """What torch.compile compiles: nothing; the towers; or all of the forward pass and, on one process, the loss too.
     The optimizer is torch's fused kernel in any case. With fsdp it is each transformer block."""
@@ -98,7 +100,8 @@ class LoopConfig:
         )
         require(self.threads is None or self.threads >= 1, "loop.threads", self.threads, "a number >= 1 or None")
         require(self.accumulation >= 1, "loop.accumulation", self.accumulation, "a number >= 1")
-        require(self.bucket_mib > 0, "loop.bucket_mib", self.bucket_mib, "a positive number")
+        bucket = self.bucket_mib
+        require(bucket is None or 0 < bucket < math.inf, "loop.bucket_mib", bucket, "a positive number or None")
         require(self.log_every >= 1, "loop.log_every", self.log_every, "a number >= 1")
         require(self.checkpoint_every >= 1, "loop.checkpoint_every", self.checkpoint_every, "a number >= 1")
         require(self.keep_checkpoints >= 1, "loop.keep_checkpoints", self.keep_checkpoints, "a number >= 1")

@@ -32,6 +32,16 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.close(folder)
 
 
+def remove(path: Path) -> None:
+    """Delete a file, or a folder so that no half of it is ever there under its name."""
+    if path.is_dir():
+        temporary = path.with_name(f".{path.name}.removed.{os.getpid()}.tmp")
+        os.replace(path, temporary)
+        shutil.rmtree(temporary)
+    else:
+        path.unlink()
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete temporary files and folders that killed processes left in ``folder`` and below; not those of running ones.
 

@@ -30,6 +30,9 @@ LINK = 0.7
 HOP_SECONDS = 1e-5
 """Latency of a collective for each doubling of the number of devices, about NCCL's for small messages; assumed."""
 
+DDP_BUCKET_MIB = 25.0
+"""Gradients that DDP averages at once if not told otherwise, but for a small bucket at first."""
+
 RESERVE = 0.08
 """Part of a device's memory that context, communication buffers and the allocator's gaps take; assumed."""
 
@@ -473,7 +476,7 @@ def _communication(
     if _sharded(workload, machines):
         return [_gathers(workload, machines, compute, accumulation), *_norm_sums(workload, machines, accumulation)]
     sent = 2 * (machines.count - 1) / machines.count * 4.0 * workload.cost.parameters
-    bucket = workload.config.loop.bucket_mib * 2**20  # the last one, which nothing hides
+    bucket = (workload.config.loop.bucket_mib or DDP_BUCKET_MIB) * 2**20  # the last one, which nothing hides
     whole = machines.sending(sent, math.ceil(sent / 2 / bucket))
     last = whole * min(1.0, bucket / (4.0 * workload.cost.parameters))
     backward = 2 / 3 * sum(part.seconds for part in compute) / accumulation

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from rocket_fast.distributed import rank, world_size
 from rocket_fast.errors import Failed
-from rocket_fast.files import write_atomically
+from rocket_fast.files import remove, write_atomically
 
 _CHECKSUMS, REST = "checksums.json", "rest.pt"  # the latter has checksums of its own
 _READ_BYTES = 2**24
@@ -194,7 +194,7 @@ def _finish(temporary: Path, path: Path, sums: dict[str, int], write_rest: Calla
         _to_disk(file)
     _to_disk(temporary)
     if path.exists():  # a damaged one, which this run did not continue from
-        shutil.rmtree(path)
+        remove(path)
     os.replace(temporary, path)
     _to_disk(path.parent)
 

@@ -10,11 +10,18 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # beside others: a core each, before numpy and torch count them
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # beside others: a core each, before torch counts them
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Files in their order, the distributed ones first: two processes then end at about the same time."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "yellow": (230, 220, 40)}
 SHAPES = ("square", "bar", "frame")

@@ -35,7 +35,7 @@ from rocket_fast.trainer import Trainer, train
 # --- killed at any moment ---------------------------------------------------------------------------------------------
 
 SERVER = """
-import contextlib, importlib, json, os, sys
+import contextlib, importlib, json, os, signal, sys, time
 from rocket_fast import presets
 from rocket_fast.__main__ import main
 from rocket_fast.config import from_plain
@@ -54,16 +54,34 @@ def start(name, environment):
     finally:
         os._exit(status)
 
+def signal_all(number):
+    for child in children:
+        os.kill(child, number)  # not waited for yet, so its number is still its own
+
+def wait():
+    ended = {}
+    while len(ended) < len(children):
+        for child in set(children) - set(ended):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                ended[child] = os.waitstatus_to_exitcode(status)
+        if any(ended.values()):  # others would wait for it
+            for child in set(children) - set(ended):
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+    return [ended[child] for child in children]
+
 for line in sys.stdin:
     order, argument = json.loads(line)
     answer = None
     if order == "start":
         children = [start(*each) for each in argument]
     elif order == "signal":
-        for child in children:
-            os.kill(child, argument)  # not waited for yet, so its number is still its own
+        if argument == signal.SIGKILL:  # none may notice that another is gone
+            signal_all(signal.SIGSTOP)
+        signal_all(argument)
     elif order == "wait":
-        answer = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        answer = wait()
     elif order == "import":  # what one has imported, the next ones find imported
         for module in json.load(open(argument + ".modules")):
             with contextlib.suppress(Exception):
@@ -169,6 +187,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_weights(
     print(f"seed of the moments: {seed}")
     rng, every = random.Random(seed), 3
     loop = replace(tiny_config.loop, epochs=10, checkpoint_every=every, eval_every_epochs=2, weight_average=0.9)
+    loop = replace(loop, hang_timeout_s=120)
     base = replace(tiny_config, data=replace(tiny_config.data, batch_size=8, workers=1), loop=loop)
     if ranks > 1:  # a tower without batch norm, whose statistics take many exchanges
         vision = ViTConfig(image_size=16, patch_size=8, width=16, layers=2, heads=2)
@@ -195,8 +214,10 @@ def assert_same_run(whole: TrainConfig, other: TrainConfig, where: str) -> None:
     """Every step once and with the same loss, the same files, weights and states bit for bit, the loader's place."""
     losses = [[(r["step"], r["loss"]) for r in logged_steps(config)] for config in (whole, other)]
     assert losses[0] == losses[1], where
-    names = [sorted(p.relative_to(c.folder) for p in c.folder.rglob("*") if p.is_file()) for c in (whole, other)]
+    names = [sorted(path.relative_to(c.folder) for path in c.folder.rglob("*")) for c in (whole, other)]
     assert names[0] == names[1], where
+    for name in [name for name in names[0] if (whole.folder / name).is_symlink()]:
+        assert (whole.folder / name).readlink() == (other.folder / name).readlink(), (name, where)
     for name in [name for name in names[0] if name.suffix == ".safetensors"]:  # of FSDP2, all of a rank's tensors
         weights = [load_file(config.folder / name) for config in (whole, other)]
         torch.testing.assert_close(*weights, rtol=0, atol=0, msg=lambda m, n=name: f"{n}, {where}: {m}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rocket_fast.files import remove_leftovers, write_atomically
+from rocket_fast.files import remove, remove_leftovers, write_atomically
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path):
@@ -65,3 +65,22 @@ write_atomically(Path(sys.argv[1]), killed)
     assert not own.exists()
     assert all(path.exists() for path in others)
     remove_leftovers(tmp_path / "nowhere")
+
+
+def test_a_folder_is_gone_from_its_name_before_anything_in_it(tmp_path: Path, monkeypatch):
+    folder, file = tmp_path / "step-00000002", tmp_path / "step-00000004.pt"
+    folder.mkdir()
+    (folder / "part").touch()
+    file.touch()
+    remove(file)
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("shutil.rmtree", killed)
+        remove(folder)
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".step-00000002")
+    remove_leftovers(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -20,6 +20,7 @@ from rocket_fast.models.heads import BarLIPConfig, BYOLIPConfig, CompanionConfig
 from rocket_fast.models.text import TextConfig
 from rocket_fast.models.vision import TimmConfig, ViTConfig
 from rocket_fast.predict import (
+    DDP_BUCKET_MIB,
     HOP_SECONDS,
     LINK,
     POLICIES,
@@ -267,7 +268,7 @@ def test_the_loss_over_devices_is_as_the_exchange_has_it(exchange: str, rows: in
 def test_gradients_hide_behind_the_backward_pass(large: Workload):
     machines = Machines(device=H100, count=16)
     sent = 2 * 15 / 16 * 4 * large.cost.parameters
-    buckets = -(-sent / 2 // (25 * 2**20))  # torch's default size
+    buckets = -(-sent / 2 // (DDP_BUCKET_MIB * 2**20))
     whole = sent / (LINK * 8 * H100.network_link) + buckets * HOP_SECONDS * 4
     hidden, exposed = (predict(large, machines, batch) for batch in (4096, 16))
     assert seconds(hidden, "gradients' all-reduce") < whole / 10

@@ -155,9 +155,10 @@ def test_ddp_averages_buckets_of_the_size_asked_for(tiny_config: TrainConfig, mo
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(parallel, "world_size", lambda: 2)
     monkeypatch.setattr(parallel, "DistributedDataParallel", lambda model, **options: asked.append(options))
-    model, loop = DualEncoder(tiny_config.model), replace(tiny_config.loop, bucket_mib=3.0)
-    parallel.StepModel(model, None, loop, torch.device("cpu"), torch.float32, print)
-    assert [options["bucket_cap_mb"] for options in asked] == [3.0]
+    for size in (None, 3.0):  # None: torch's own, which are of two sizes
+        loop = replace(tiny_config.loop, bucket_mib=size)
+        parallel.StepModel(DualEncoder(tiny_config.model), None, loop, torch.device("cpu"), torch.float32, print)
+    assert [options["bucket_cap_mb"] for options in asked] == [None, 3.0]
 
 
 @pytest.mark.slow
