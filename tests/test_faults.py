@@ -186,12 +186,12 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_weights(
     seed = time.time_ns()
     print(f"seed of the moments: {seed}")
     rng, every = random.Random(seed), 3
-    loop = replace(tiny_config.loop, epochs=10, checkpoint_every=every, eval_every_epochs=2, weight_average=0.9)
-    loop = replace(loop, hang_timeout_s=120)
+    loop = replace(tiny_config.loop, epochs=10, checkpoint_every=every, eval_every_epochs=4, weight_average=0.9)
     base = replace(tiny_config, data=replace(tiny_config.data, batch_size=8, workers=1), loop=loop)
     if ranks > 1:  # a tower without batch norm, whose statistics take many exchanges
         vision = ViTConfig(image_size=16, patch_size=8, width=16, layers=2, heads=2)
-        base = replace(base, model=replace(base.model, vision=vision), loop=replace(loop, epochs=2, parallel="fsdp"))
+        loop = replace(loop, epochs=2, eval_every_epochs=1, parallel="fsdp", hang_timeout_s=120)
+        base = replace(base, model=replace(base.model, vision=vision), loop=loop)
     whole, killed = replace(base, name="whole"), replace(base, name="killed")
     start = lives.whole(replace(base, name="start", loop=replace(base.loop, max_steps=1)), ranks)
     took = lives.whole(whole, ranks)

@@ -42,6 +42,7 @@ COMPANIONS = {
     "swalip_prototypes": SwALIPPrototypesConfig(),
 }
 PRECISE = {torch.float64: {"rtol": 1e-12, "atol": 1e-12}, torch.float32: {"rtol": 1e-6, "atol": 1e-6}}
+CASES = [(sizes, dtype) for sizes in SIZES for dtype in PRECISE if dtype == torch.float64 or len(sizes) <= 2]
 
 
 # --- the model and its batch ------------------------------------------------------------------------------------------
@@ -131,9 +132,9 @@ def own_part(tensor: Tensor, sizes: tuple[int, ...], dim: int = 0) -> Tensor:
 
 
 def exact_schemes(sizes: tuple[int, ...]) -> dict[str, Any]:
-    """Both schemes in both precisions, with every companion; and ties between ranks."""
+    """Both schemes in the case's precisions, with every companion; and ties between ranks."""
     results: dict[str, Any] = {}
-    for dtype in PRECISE:
+    for dtype in (dtype for case, dtype in CASES if case == sizes):
         model = nn.parallel.DistributedDataParallel(Towers(dtype))
         mine = own_part(samples(sum(sizes), dtype), sizes, dim=1)
         for scheme in ("one_sided", "all_gather"):
@@ -370,8 +371,7 @@ def require_equal(result: dict[str, Tensor], expected: dict[str, Tensor], dtype:
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("dtype", PRECISE, ids=str)
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize(("sizes", "dtype"), CASES, ids=str)
 def test_both_schemes_equal_one_process_on_the_whole_batch(
     ranks: list[dict[str, Any]], sizes: tuple[int, ...], dtype: torch.dtype
 ) -> None:
