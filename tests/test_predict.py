@@ -280,6 +280,16 @@ def test_gradients_hide_behind_the_backward_pass(large: Workload):
     assert not seconds(predict(large, Machines(device=H100), 16), "gradients' all-reduce", "batch norms' sums")
 
 
+def test_batch_norms_are_summed_in_every_pass(workload: Workload):
+    """Forward and backward; micro-batches go forward twice."""
+    machines = Machines(device=H100, count=4)
+    one, parts = (
+        seconds(predict(workload, machines, 256, accumulation=count), "batch norms' sums") for count in (1, 4)
+    )
+    assert one > 0
+    assert parts == pytest.approx(4 * 3 / 2 * one)
+
+
 def test_fsdp_holds_parts_and_gathers_blocks(workload: Workload):
     """By hand: both towers' one block has 12 widths squared; the rest of the model is whole on every device."""
     sharded = replace(workload, config=replace(workload.config, loop=replace(workload.config.loop, parallel="fsdp")))

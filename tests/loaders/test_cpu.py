@@ -394,6 +394,9 @@ def test_iter_eval_takes_the_first_of_several_captions(tmp_path):
     with pytest.warns(UserWarning, match="json cannot be read"):
         batches = list(iter_eval([f"{tmp_path}/s.tar"], 8, 3, captions="several"))
     assert [caption for batch in batches for caption in batch.captions] == ["one", "three"]
+    write_members(tmp_path / "s.tar", {"a": {"png": encoded(colours()), "txt": b"one"}})
+    with pytest.raises(ValueError, match=r"image and \.json \(data.captions = several asks for it; txt for a .txt\)"):
+        list(iter_eval([f"{tmp_path}/s.tar"], 8, 3, captions="several"))
 
 
 def test_margins_are_trimmed_in_training_and_in_evaluation_where_asked(tmp_path):
